@@ -1,0 +1,26 @@
+// P(commit | rank of the mask among the evaluated masks of its block), learned from what happened.
+#pragma once
+
+#include <vector>
+
+namespace optimus {
+
+class CommitModel {
+ public:
+  // Prior: first mask 1 (a step commits at least one), then decaying like the demo model's profile.
+  explicit CommitModel(int block_length);
+
+  // `rank` in [0, block_length): 0 is the first evaluated mask.
+  void observe(int rank, bool committed);
+  double probability(int rank) const;
+  // Expected commits of a step that evaluates the first `chunk_length` masks, at least 1 when > 0.
+  // Never falls as chunk_length grows; beyond block_length there are no more masks.
+  double expected_commits(int chunk_length) const;
+
+ private:
+  void check_rank(int rank, const char* what) const;
+
+  std::vector<double> committed_, evaluated_;  // decayed counts, prior included
+};
+
+}  // namespace optimus

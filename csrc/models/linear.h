@@ -1,0 +1,44 @@
+// A weight matrix [n, k] in the layout its GEMM wants, and y = x W^T.
+//
+// fp32 runs our packed GEMM: ATen's result for a row changes with the number of rows in the call
+// (measured: below 8 rows), and a request's tokens must not depend on its batch. bf16 runs ATen's
+// (oneDNN), which uses the machine's bf16 instructions; without torch it falls back to our GEMM.
+#pragma once
+
+#include <string>
+
+#include "core/buffer.h"
+#include "core/execution.h"
+#include "kernels/ops.h"
+
+namespace optimus {
+
+class Linear {
+ public:
+  Linear() = default;
+  Linear(int n, int k, DType dtype);
+
+  // Copies rows [row_begin, row_begin + num_rows) from `data`, row-major [num_rows, k] in `dtype()`.
+  void load_rows(int row_begin, int num_rows, const void* data);
+  // Called once every row is loaded: moves to the final layout and drops the staging copy.
+  void finish_loading();
+
+  // x [rows, k] -> out [rows, n].
+  void run(const void* x, void* out, int rows, const Execution& execution) const;
+  size_t bytes() const { return staging_.size() + weight_.size(); }
+
+ private:
+  int n_ = 0, k_ = 0;
+  DType dtype_ = DType::float32;
+  bool row_major_ = false;
+  Buffer<char> staging_;  // [n, k] row-major while loading
+  Buffer<char> weight_;   // row-major or packed
+};
+
+// Provided by exactly one of bf16_gemm_aten.cpp and bf16_gemm_portable.cpp.
+bool bf16_gemm_available();
+// out [rows, n] = x [rows, k] * weight [n, k]^T, bf16 with fp32 accumulation.
+void bf16_gemm(const void* x, const void* weight, void* out, int rows, int n, int k,
+               ThreadPool& threads);
+
+}  // namespace optimus

@@ -1,0 +1,238 @@
+// Qwen3 (and SDAR, the same backbone): pre-norm attention with per-head QK-norm and half-split
+// rotary embedding, SwiGLU, no biases. Source: Hugging Face transformers, modeling_qwen3 (layout of
+// names and shapes only).
+#include <cmath>
+#include <cstring>
+
+#include "core/check.h"
+#include "models/model.h"
+
+namespace optimus {
+namespace {
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+int64_t num_elements(const std::vector<int64_t>& shape) {
+  int64_t count = 1;
+  for (int64_t n : shape) count *= n;
+  return count;
+}
+
+Buffer<char> convert(const void* data, int64_t count, DType from, DType to) {
+  Buffer<char> converted(count * dtype_size(to));
+  dispatch_dtype(from, [&](auto source) {
+    dispatch_dtype(to, [&](auto target) {
+      const auto* in = static_cast<const decltype(source)*>(data);
+      auto* out = reinterpret_cast<decltype(target)*>(converted.data());
+      for (int64_t i = 0; i < count; ++i) out[i] = from_float<decltype(target)>(to_float(in[i]));
+    });
+  });
+  return converted;
+}
+
+}  // namespace
+
+void validate(const ModelConfig& c) {
+  auto positive = [](const char* name, int value) {
+    OPTIMUS_CHECK(value > 0, "[model_config] ", name, " must be positive, got ", value);
+  };
+  positive("vocab_size", c.vocab_size);
+  positive("hidden_size", c.hidden_size);
+  positive("intermediate_size", c.intermediate_size);
+  positive("num_layers", c.num_layers);
+  positive("num_q_heads", c.num_q_heads);
+  positive("num_kv_heads", c.num_kv_heads);
+  positive("head_dim", c.head_dim);
+  positive("max_position_embeddings", c.max_position_embeddings);
+  OPTIMUS_CHECK(c.num_q_heads % c.num_kv_heads == 0, "[model_config] num_q_heads ", c.num_q_heads,
+                " must be a multiple of num_kv_heads ", c.num_kv_heads);
+  OPTIMUS_CHECK(c.head_dim % 2 == 0, "[model_config] head_dim must be even, got ", c.head_dim);
+  OPTIMUS_CHECK(c.mask_token_id >= -1 && c.mask_token_id < c.vocab_size,
+                "[model_config] mask_token_id must be below vocab_size ", c.vocab_size, ", got ",
+                c.mask_token_id);
+}
+
+KvCache::KvCache(const ModelConfig& c, int num_pages_, int page_size_)
+    : num_pages(num_pages_), page_size(page_size_),
+      layer_bytes_(size_t(num_pages_) * c.num_kv_heads * page_size_ * c.head_dim *
+                   dtype_size(c.dtype)),
+      data_(2 * size_t(c.num_layers) * layer_bytes_) {}
+
+Activations::Activations(const ModelConfig& c, int max_rows) {
+  size_t row = size_t(max_rows) * dtype_size(c.dtype);
+  residual = Buffer<char>(row * c.hidden_size);
+  normed = Buffer<char>(row * c.hidden_size);
+  qkv = Buffer<char>(row * (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim);
+  q = Buffer<char>(row * c.num_q_heads * c.head_dim);
+  attended = Buffer<char>(row * c.num_q_heads * c.head_dim);
+  hidden = Buffer<char>(row * c.hidden_size);
+  gate_up = Buffer<char>(row * 2 * c.intermediate_size);
+  activated = Buffer<char>(row * c.intermediate_size);
+  logits = Buffer<char>(row * c.vocab_size);
+}
+
+size_t Activations::bytes() const {
+  return residual.size() + normed.size() + qkv.size() + q.size() + attended.size() +
+         hidden.size() + gate_up.size() + activated.size() + logits.size();
+}
+
+Model::Model(const ModelConfig& config) : config_(config) {
+  validate(config_);
+  const ModelConfig& c = config_;
+  const int q_size = c.num_q_heads * c.head_dim, kv_size = c.num_kv_heads * c.head_dim;
+  auto vector_buffer = [&](int64_t n) { return Buffer<char>(n * dtype_size(c.dtype)); };
+
+  embedding_ = vector_buffer(int64_t(c.vocab_size) * c.hidden_size);
+  final_norm_ = vector_buffer(c.hidden_size);
+  lm_head_ = Linear(c.vocab_size, c.hidden_size, c.dtype);
+  expect("model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, {nullptr, 0, &embedding_});
+  expect("model.norm.weight", {c.hidden_size}, {nullptr, 0, &final_norm_});
+  if (!c.tie_word_embeddings) {
+    expect("lm_head.weight", {c.vocab_size, c.hidden_size}, {&lm_head_, 0, nullptr});
+  }
+  layers_.resize(c.num_layers);
+  for (int i = 0; i < c.num_layers; ++i) {
+    Layer& layer = layers_[i];
+    layer.qkv = Linear(q_size + 2 * kv_size, c.hidden_size, c.dtype);
+    layer.o = Linear(c.hidden_size, q_size, c.dtype);
+    layer.gate_up = Linear(2 * c.intermediate_size, c.hidden_size, c.dtype);
+    layer.down = Linear(c.hidden_size, c.intermediate_size, c.dtype);
+    layer.input_norm = vector_buffer(c.hidden_size);
+    layer.post_attention_norm = vector_buffer(c.hidden_size);
+    layer.q_norm = vector_buffer(c.head_dim);
+    layer.k_norm = vector_buffer(c.head_dim);
+    std::string prefix = "model.layers." + std::to_string(i) + ".";
+    auto linear = [&](const char* name, int n, int k, Linear* to, int row_begin) {
+      expect(prefix + name + ".weight", {n, k}, {to, row_begin, nullptr});
+    };
+    auto norm = [&](const char* name, int n, Buffer<char>* to) {
+      expect(prefix + name + ".weight", {n}, {nullptr, 0, to});
+    };
+    linear("self_attn.q_proj", q_size, c.hidden_size, &layer.qkv, 0);
+    linear("self_attn.k_proj", kv_size, c.hidden_size, &layer.qkv, q_size);
+    linear("self_attn.v_proj", kv_size, c.hidden_size, &layer.qkv, q_size + kv_size);
+    linear("self_attn.o_proj", c.hidden_size, q_size, &layer.o, 0);
+    linear("mlp.gate_proj", c.intermediate_size, c.hidden_size, &layer.gate_up, 0);
+    linear("mlp.up_proj", c.intermediate_size, c.hidden_size, &layer.gate_up, c.intermediate_size);
+    linear("mlp.down_proj", c.hidden_size, c.intermediate_size, &layer.down, 0);
+    norm("input_layernorm", c.hidden_size, &layer.input_norm);
+    norm("post_attention_layernorm", c.hidden_size, &layer.post_attention_norm);
+    norm("self_attn.q_norm", c.head_dim, &layer.q_norm);
+    norm("self_attn.k_norm", c.head_dim, &layer.k_norm);
+  }
+  inv_freq_ = Buffer<float>(c.head_dim / 2);
+  for (int j = 0; j < c.head_dim / 2; ++j) {
+    inv_freq_[j] = static_cast<float>(std::pow(c.rope_theta, -2.0 * j / c.head_dim));
+  }
+}
+
+void Model::expect(const std::string& name, std::vector<int64_t> shape, Destination destination) {
+  expected_[name] = std::move(shape);
+  destinations_[name] = destination;
+}
+
+void Model::load_tensor(const std::string& name, const std::vector<int64_t>& shape, DType dtype,
+                        const void* data) {
+  OPTIMUS_CHECK(!loaded_, "[load_tensor] ", name, ": the model is loaded already");
+  auto it = expected_.find(name);
+  OPTIMUS_CHECK(it != expected_.end(), "[load_tensor] unexpected tensor ", name);
+  OPTIMUS_CHECK(it->second == shape, "[load_tensor] ", name, " must have shape ",
+                shape_text(it->second), ", got ", shape_text(shape));
+  Buffer<char> converted;
+  if (dtype != config_.dtype) {
+    converted = convert(data, num_elements(shape), dtype, config_.dtype);
+    data = converted.data();
+  }
+  const Destination& to = destinations_[name];
+  if (to.linear != nullptr) {
+    to.linear->load_rows(to.row_begin, static_cast<int>(shape[0]), data);
+  } else {
+    std::memcpy(to.buffer->data(), data, to.buffer->size());
+  }
+  seen_[name] = true;
+}
+
+void Model::finish_loading() {
+  OPTIMUS_CHECK(!loaded_, "[finish_loading] the model is loaded already");
+  std::string missing;
+  for (const auto& [name, shape] : expected_) {
+    if (!seen_.count(name)) missing += (missing.empty() ? "" : ", ") + name + " " + shape_text(shape);
+  }
+  OPTIMUS_CHECK(missing.empty(), "[finish_loading] missing tensors: ", missing);
+  if (config_.tie_word_embeddings) lm_head_.load_rows(0, config_.vocab_size, embedding_.data());
+  lm_head_.finish_loading();
+  for (Layer& layer : layers_) {
+    for (Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+      linear->finish_loading();
+    }
+  }
+  loaded_ = true;
+}
+
+int64_t Model::num_parameters() const {
+  int64_t total = 0;
+  for (const auto& [name, shape] : expected_) total += num_elements(shape);
+  return total;
+}
+
+size_t Model::weight_bytes() const {
+  size_t total = embedding_.size() + final_norm_.size() + lm_head_.bytes();
+  for (const Layer& layer : layers_) {
+    total += layer.qkv.bytes() + layer.o.bytes() + layer.gate_up.bytes() + layer.down.bytes();
+    total += layer.input_norm.size() + layer.post_attention_norm.size() + layer.q_norm.size() +
+             layer.k_norm.size();
+  }
+  return total;
+}
+
+// normed -> hidden, through the pages.
+void Model::attention(const Layer& layer, int layer_idx, const ForwardBatch& b, KvCache& kv,
+                      Activations& a, const Execution& e) const {
+  const ModelConfig& c = config_;
+  layer.qkv.run(a.normed.data(), a.qkv.data(), b.num_rows, e);
+  qk_norm_rope_kv_write({a.qkv.data(), layer.q_norm.data(), layer.k_norm.data(), inv_freq_.data(),
+                         b.positions, b.kv_slots, a.q.data(), kv.k(layer_idx), kv.v(layer_idx),
+                         b.num_rows, c.num_q_heads, c.num_kv_heads, c.head_dim,
+                         /*rotary_dim=*/c.head_dim, kv.page_size, c.rms_norm_eps, c.dtype},
+                        e);
+  block_attention({a.q.data(), kv.k(layer_idx), kv.v(layer_idx), b.cu_seqlens_q, b.kv_limits,
+                   b.page_table, a.attended.data(), b.num_seqs, c.num_q_heads, c.num_kv_heads,
+                   c.head_dim, kv.page_size, b.page_table_stride,
+                   1.0f / std::sqrt(static_cast<float>(c.head_dim)), c.dtype},
+                  e);
+  layer.o.run(a.attended.data(), a.hidden.data(), b.num_rows, e);
+}
+
+void Model::forward(const ForwardBatch& b, KvCache& kv, Activations& a, const Execution& e) const {
+  const ModelConfig& c = config_;
+  auto norm = [&](const void* x, void* residual, const Buffer<char>& weight) {
+    rms_norm({x, residual, nullptr, weight.data(), a.normed.data(), b.num_rows, c.hidden_size,
+              c.rms_norm_eps, c.dtype},
+             e);
+  };
+  embedding({embedding_.data(), b.token_ids, a.residual.data(), b.num_rows, c.hidden_size, c.dtype},
+            e);
+  norm(a.residual.data(), nullptr, layers_[0].input_norm);
+  for (int i = 0; i < c.num_layers; ++i) {
+    const Layer& layer = layers_[i];
+    attention(layer, i, b, kv, a, e);
+    norm(a.hidden.data(), a.residual.data(), layer.post_attention_norm);
+    layer.gate_up.run(a.normed.data(), a.gate_up.data(), b.num_rows, e);
+    silu_mul({a.gate_up.data(), a.activated.data(), b.num_rows, c.intermediate_size, c.dtype}, e);
+    layer.down.run(a.activated.data(), a.hidden.data(), b.num_rows, e);
+    const Buffer<char>& next = i + 1 < c.num_layers ? layers_[i + 1].input_norm : final_norm_;
+    norm(a.hidden.data(), a.residual.data(), next);
+  }
+  if (b.num_logit_rows == 0) return;
+  // A gather of rows is what the embedding op does: pick those that need logits.
+  embedding({a.normed.data(), b.logit_rows, a.hidden.data(), b.num_logit_rows, c.hidden_size,
+             c.dtype},
+            e);
+  lm_head_.run(a.hidden.data(), a.logits.data(), b.num_logit_rows, e);
+}
+
+}  // namespace optimus
