@@ -1,0 +1,119 @@
+"""What the command line shows: tables, answers, and the live view of unmasking."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .bench import BenchRow
+from .evaluate import EvalResult, Score
+from .events import DenoiseEvent, Event, snapshot_pieces
+from .outputs import RequestOutput
+from .tokenizer import Tokenizer
+
+FRAME_SECONDS = 0.04  # the demo model is faster than the eye
+_STYLES = {"known": "", "fresh": "bold black on bright_green", "mask": "dim"}
+
+
+def watch(
+    console: Console, tokenizer: Tokenizer, events: Iterator[Event], title: str
+) -> RequestOutput:
+    """Animates denoising events: masks dim, new tokens highlighted. Returns the output."""
+    output = None
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        for event in events:
+            assert isinstance(event, DenoiseEvent)
+            body = Text()
+            for text, kind in snapshot_pieces(tokenizer, event.token_ids, set(event.committed)):
+                body.append(text, _STYLES[kind])
+            if event.output is not None:
+                output = event.output
+                body = Text(output.outputs[0].text or "")
+            caption = f"forward {event.step}, {len(event.committed)} new"
+            live.update(Panel(body, title=title, subtitle=caption), refresh=True)
+            if event.output is None:
+                time.sleep(FRAME_SECONDS)
+    assert output is not None
+    return output
+
+
+def metrics_line(output: RequestOutput) -> str:
+    """One line on the cost of a request."""
+    metrics, completion = output.metrics, output.outputs[0]
+    speed = metrics.num_output_tokens / max(metrics.latency, 1e-9)
+    return (
+        f"{metrics.num_output_tokens} tokens in {metrics.nfe} forwards "
+        f"({metrics.tokens_per_forward:.2f} a forward, {metrics.rows_per_token:.2f} rows a token), "
+        f"{speed:.0f} tok/s, {completion.finish_reason}"
+    )
+
+
+def eval_table(result: EvalResult, title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("family")
+    for name in ("prompts", "exact match", "95% interval"):
+        table.add_column(name, justify="right")
+    for family, score in [*result.families.items(), ("all", result.overall)]:
+        style = "bold" if family == "all" else ""
+        table.add_row(family, str(score.total), _percent(score.accuracy), _interval(score),
+                      style=style)  # fmt: skip
+    return table
+
+
+def eval_line(result: EvalResult) -> str:
+    return (
+        f"{result.tokens_per_forward:.2f} tokens per forward, {result.rows_per_token:.2f} rows per "
+        f"token, {result.tokens_per_second:.0f} tok/s, {result.num_tokens} tokens in "
+        f"{result.seconds:.1f} s"
+    )
+
+
+def bench_table(rows: Sequence[BenchRow]) -> Table:
+    table = Table(title=f"offline, {rows[0].num_prompts} prompts" if rows else "offline")
+    table.add_column("concurrency", justify="right")
+    table.add_column("mode")
+    columns = ("tok/s", "ms/step", "host ms", "rows/step", "tokens/forward", "rows/token",
+               "exact match", "95% interval")  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="right")
+    for i, row in enumerate(rows):
+        table.add_row(
+            str(row.concurrency), row.mode, f"{row.tokens_per_second:.0f}",
+            f"{row.ms_per_step:.2f}", f"{row.host_ms:.2f}", f"{row.rows_per_step:.0f}",
+            f"{row.tokens_per_forward:.2f}", f"{row.rows_per_token:.2f}",
+            _percent(row.accuracy.accuracy), _interval(row.accuracy),
+            end_section=i + 1 < len(rows) and rows[i + 1].concurrency != row.concurrency,
+        )  # fmt: skip
+    return table
+
+
+def facts_table(facts: Sequence[tuple[str, str]], title: str) -> Table:
+    """Two columns, no header."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, Text(value))
+    return table
+
+
+def format_bytes(count: int) -> str:
+    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _interval(score: Score) -> str:
+    return f"{100 * score.low:.1f} to {100 * score.high:.1f}"

@@ -1,0 +1,370 @@
+"""The offline interface: `LLM`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import DEMO_MODEL, Checkpoint, load_checkpoint
+from .events import Event, queue_block_events, queue_denoise_events
+from .native import _C
+from .options import DEFAULT_KV_POLICY, EngineOptions, resolve_device, resolve_dtype
+from .outputs import RequestOutput
+from .progress import progress_bar
+from .sampling_params import SamplingParams
+from .tokenizer import Message, Tokenizer
+from .tracker import LiveRequest, RequestTracker
+from .weights import load_weights
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A checked request, not yet queued."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    native: _C.SamplingParams
+
+
+class LLM:
+    """A model with an engine around it. Not thread-safe; one thread drives an LLM.
+
+    model: directory of a Hugging Face checkpoint; None is the demo model of the package.
+    device: "auto" or "cpu" (this build has the CPU backend).
+    dtype: of weights, activations and KV. "auto" is "float32" on the CPU, in which a request's
+        tokens do not depend, to the bit, on what else is in the batch; or "bfloat16".
+    decode_mode: "ar" (one token per forward), "block" (the published block-diffusion loop),
+        "chunk" (`chunk_length` masked positions per forward), "elastic" (chosen by load).
+    chunk_length: 1..block_length, for "chunk" only; default 4. chunk_arms: the lengths "elastic" may choose
+        from; default powers of two. recompute_block: "chunk" feeds the whole block each step.
+    kv_policy: "freeze" keeps the KV of a finished block, "refresh" computes it once more from the
+        clean block, "auto" refreshes when the latency profile says the rows are free. "block" and
+        "ar" have one way only.
+    max_num_seqs: most requests decoding at once. max_num_batched_rows: most rows per step.
+    kv_cache_memory: bytes or "512MiB". Default: max_num_seqs requests of max_model_len, at most
+        1 GiB, at least one request.
+    max_model_len: most tokens of prompt and output; default max_position_embeddings.
+    page_size: tokens per KV page, a multiple or a divisor of block_length.
+    enable_prefix_cache: reuse KV of prompts that begin alike.
+    block_length, mask_token_id: override the checkpoint's files, which may lack them.
+    num_threads: None = all cores.
+    seed: of requests without a seed of their own.
+    latency_profile: [(rows, milliseconds), ...] to use instead of measuring at construction
+        (measured for "elastic", and for "chunk" with the policy "auto").
+
+    Raises ValueError for anything that does not fit, with the values in its text.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        decode_mode: str = "elastic",
+        chunk_length: int | None = None,
+        chunk_arms: Sequence[int] = (),
+        recompute_block: bool = False,
+        kv_policy: str = DEFAULT_KV_POLICY,
+        max_num_seqs: int = 32,
+        max_num_batched_rows: int = 1024,
+        kv_cache_memory: int | str | None = None,
+        max_model_len: int | None = None,
+        page_size: int | None = None,
+        enable_prefix_cache: bool = True,
+        block_length: int | None = None,
+        mask_token_id: int | None = None,
+        num_threads: int | None = None,
+        seed: int = 0,
+        latency_profile: Sequence[tuple[int, float]] | None = None,
+    ) -> None:
+        options = EngineOptions(
+            decode_mode=decode_mode, chunk_length=chunk_length, chunk_arms=tuple(chunk_arms),
+            recompute_block=recompute_block, kv_policy=kv_policy, max_num_seqs=max_num_seqs,
+            max_num_batched_rows=max_num_batched_rows, kv_cache_memory=kv_cache_memory,
+            max_model_len=max_model_len, page_size=page_size,
+            enable_prefix_cache=enable_prefix_cache, num_threads=num_threads, seed=seed,
+        )  # fmt: skip
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype)
+        self.checkpoint: Checkpoint = load_checkpoint(
+            DEMO_MODEL if model is None else model,
+            block_length=block_length,
+            mask_token_id=mask_token_id,
+        )
+        native = options.to_native(self.checkpoint, self.dtype)  # fails before weights are read
+        self.tokenizer = Tokenizer.load(self.checkpoint.path)
+        self._model = _C.Model(self.checkpoint.model_config(self.dtype))
+        load_weights(self._model, self.checkpoint.path)
+        profile = None if latency_profile is None else [(r, float(ms)) for r, ms in latency_profile]
+        self._start_engine(options, native, profile)
+
+    def with_options(self, **changes: Any) -> LLM:
+        """A new LLM with its own engine over the same weights and tokenizer (nothing is copied).
+
+        changes: engine options of the constructor (decode_mode, chunk_length, kv_policy,
+        max_num_seqs, max_num_batched_rows, kv_cache_memory, max_model_len, page_size,
+        enable_prefix_cache, num_threads, seed, chunk_arms, recompute_block). A change of
+        decode_mode resets the options that belong to one mode. A latency profile already measured
+        is used again unless num_threads or max_num_batched_rows changes.
+        Raises TypeError for an unknown name and ValueError for a bad value.
+        """
+        if "decode_mode" in changes:
+            changes = {"chunk_length": None, "chunk_arms": (), "recompute_block": False} | changes
+        options = dataclasses.replace(self.options, **changes)
+        kept = all(
+            getattr(options, name) == getattr(self.options, name)
+            for name in ("num_threads", "max_num_batched_rows")
+        )
+        other = copy.copy(self)
+        native = options.to_native(self.checkpoint, self.dtype)
+        other._start_engine(options, native, self.latency_profile if kept else None)
+        return other
+
+    def _start_engine(
+        self,
+        options: EngineOptions,
+        native: _C.EngineConfig,
+        profile: list[tuple[int, float]] | None,
+    ) -> None:
+        self.options = options
+        self.engine = _C.Engine(self._model, native)
+        self._tracker = RequestTracker(self.engine, self.tokenizer)
+        self._num_requests = 0
+        self.latency_profile = profile
+        if profile is not None:
+            self.engine.set_profile(profile)
+        elif options.uses_latency_profile():
+            self.latency_profile = self.engine.profile()
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes: weights, kv_cache, activations, state."""
+        return self.engine.memory
+
+    @property
+    def num_parameters(self) -> int:
+        return self._model.num_parameters()
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self.engine.config.max_model_len
+
+    @property
+    def on_step(self) -> Callable[[_C.StepRecord], None] | None:
+        """Called with the record of every engine step, if set."""
+        return self._tracker.on_step
+
+    @on_step.setter
+    def on_step(self, callback: Callable[[_C.StepRecord], None] | None) -> None:
+        self._tracker.on_step = callback
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        sampling_params: Params = None,
+        *,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continues prompts; one output per prompt, in order (one prompt: a list of one).
+
+        prompts: a string, a list of strings, or token ids in their place. sampling_params: one for
+        all, or one per prompt. use_tqdm: a progress bar on stderr, if that is a terminal.
+        Everything is checked before anything is queued. An exception or interrupt ends this call's
+        requests and leaves the LLM usable.
+        Raises ValueError for an empty or too long prompt, ids out of range, text without a
+        tokenizer, or parameters that do not fit.
+        """
+        return self._run(
+            self._requests(_as_list(prompts, prompt_token_ids), sampling_params), use_tqdm
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        chat_template: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or a list of them; like `generate` otherwise.
+
+        messages: [{"role": "user", "content": "..."}, ...].
+        Raises ValueError for malformed messages or when there is no tokenizer or template.
+        """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if single or not messages else messages
+        prompts = [self.render_chat(c, chat_template=chat_template) for c in conversations]
+        return self._run(self._requests(prompts, sampling_params, is_chat=True), use_tqdm)
+
+    def render_chat(self, messages: Sequence[Message], *, chat_template: str | None = None) -> str:
+        """The prompt text of a conversation."""
+        return self._require_tokenizer("a chat").render_chat(messages, chat_template=chat_template)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        mode: Literal["block", "denoise"] = "block",
+    ) -> Iterator[Event]:
+        """Yields events while one prompt (text, token ids, or chat messages) is decoded.
+
+        mode: "block" gives `BlockEvent`s, text in order as it becomes final; "denoise" gives
+        `DenoiseEvent`s, a snapshot with masks after each step. The last event holds the output.
+        The prompt is checked at the call, queued at the first `next`; closing the iterator early
+        ends the request. Several streams and `generate` may interleave.
+        """
+        if mode not in ("block", "denoise"):
+            raise ValueError(f"[llm] mode must be 'block' or 'denoise', got {mode!r}")
+        is_chat = not isinstance(prompt, str) and any(isinstance(m, Mapping) for m in prompt)
+        if is_chat:
+            prompt = self.render_chat(prompt)  # type: ignore[arg-type]
+        params = sampling_params or SamplingParams()
+        [request] = self._requests([prompt], params, is_chat=is_chat)  # type: ignore[list-item]
+        return self._stream(request, mode)
+
+    def _stream(self, request: _Request, mode: str) -> Iterator[Event]:
+        live = self._add(request)
+        if mode == "block":
+            events = queue_block_events(live)
+        else:
+            events = queue_denoise_events(live, self.tokenizer, self._block_end)
+        try:
+            while live.output is None or events:
+                while not events:
+                    self._tracker.step()
+                yield events.popleft()
+        finally:
+            self._tracker.abort(live)
+
+    def _block_end(self, live: LiveRequest) -> int:
+        """Output length at the end of the block that is being decoded; 0 if there are no blocks."""
+        if self.options.decode_mode == "ar":
+            return 0
+        block, prompt_len = self.engine.config.block_length, len(live.prompt_token_ids)
+        end = ((prompt_len + live.num_known) // block + 1) * block
+        limit = self.max_model_len
+        if live.params.max_tokens is not None:
+            limit = min(limit, prompt_len + live.params.max_tokens)
+        return min(end, limit) - prompt_len
+
+    def _run(self, requests: list[_Request], use_tqdm: bool) -> list[RequestOutput]:
+        live: list[LiveRequest] = []
+        num_left = len(requests)
+        with progress_bar(len(requests), enabled=use_tqdm) as advance:
+
+            def on_update(request: LiveRequest, committed: list[int]) -> None:
+                nonlocal num_left
+                if request.output is not None:
+                    num_left -= 1
+                    advance(len(request.output.outputs[0].token_ids))
+
+            try:
+                for request in requests:
+                    live.append(self._add(request))
+                    live[-1].on_update = on_update
+                while num_left:
+                    self._tracker.step()
+            except BaseException:
+                for item in live:
+                    self._tracker.abort(item)
+                raise
+        return [item.output for item in live if item.output is not None]
+
+    def _add(self, request: _Request) -> LiveRequest:
+        return self._tracker.add(
+            request.prompt, request.prompt_token_ids, request.params, request.native
+        )
+
+    def _requests(
+        self, prompts: Sequence[Prompt], sampling_params: Params, *, is_chat: bool = False
+    ) -> list[_Request]:
+        """Tokenises and checks everything; queues nothing."""
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(prompts):
+            raise ValueError(f"[llm] {len(prompts)} prompts but {len(params)} sampling_params")
+        return [
+            self._request(i, prompt, p, is_chat)
+            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+        ]
+
+    def _request(
+        self, index: int, prompt: Prompt, params: SamplingParams, is_chat: bool
+    ) -> _Request:
+        if isinstance(prompt, str):
+            tokenizer = self._require_tokenizer("a text prompt")
+            ids = tokenizer.encode(prompt, add_special_tokens=not is_chat)
+        else:
+            ids = [operator.index(i) for i in prompt]
+        self._check_prompt(index, ids)
+        if params.stop:
+            self._require_tokenizer("a stop string")
+        block = self.checkpoint.block_length
+        if params.denoising_steps is not None and block and params.denoising_steps > block:
+            raise ValueError(
+                f"[llm] denoising_steps must be in [1, block_length {block}], got "
+                f"{params.denoising_steps}"
+            )
+        for token_id in params.stop_token_ids:
+            if token_id >= self.checkpoint.vocab_size:
+                raise ValueError(
+                    f"[llm] stop_token_ids must be in [0, {self.checkpoint.vocab_size}), got "
+                    f"{token_id}"
+                )
+        self._num_requests += 1
+        seed = (self.options.seed * 0x9E3779B97F4A7C15 + self._num_requests) % 2**64
+        text = prompt if isinstance(prompt, str) else None
+        return _Request(text, ids, params, params.to_native(self.checkpoint.generation, seed))
+
+    def _check_prompt(self, index: int, ids: list[int]) -> None:
+        if not ids:
+            raise ValueError(f"[llm] prompt {index} is empty")
+        if len(ids) >= self.max_model_len:
+            raise ValueError(
+                f"[llm] prompt {index} has {len(ids)} tokens, which leaves no room for output in "
+                f"max_model_len {self.max_model_len}"
+            )
+        vocab_size = self.checkpoint.vocab_size
+        bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+        if bad is not None:
+            raise ValueError(
+                f"[llm] prompt {index} holds token id {bad}, the vocabulary is [0, {vocab_size})"
+            )
+
+    def _require_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"[llm] {what} needs a tokenizer, but {self.checkpoint.path} has no "
+                "tokenizer.json: pass token ids"
+            )
+        return self.tokenizer
+
+
+def _as_list(
+    prompts: Prompt | Sequence[Prompt] | None,
+    prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+) -> list[Prompt]:
+    if (prompts is None) == (prompt_token_ids is None):
+        raise ValueError("[llm] pass either prompts or prompt_token_ids")
+    given: Any = prompts if prompts is not None else prompt_token_ids
+    if isinstance(given, str):
+        return [given]
+    items = list(given)
+    if items and all(hasattr(item, "__index__") for item in items):
+        return [items]  # the ids of one prompt
+    return items

@@ -1,0 +1,202 @@
+"""Engine options: checking them, and the arithmetic of KV memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import _C
+    from .config import Checkpoint
+
+DECODE_MODES = ("ar", "block", "chunk", "elastic")
+KV_POLICIES = ("freeze", "refresh", "auto")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DEFAULT_KV_POLICY = "auto"
+DEFAULT_CHUNK_LENGTH = 4
+DEFAULT_KV_CACHE_BYTES = 1 << 30  # most that is taken unless one request needs more
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of one engine; `LLM` documents them. Raises ValueError with name and value."""
+
+    decode_mode: str = "elastic"
+    chunk_length: int | None = None
+    chunk_arms: Sequence[int] = ()
+    recompute_block: bool = False
+    kv_policy: str = DEFAULT_KV_POLICY
+    max_num_seqs: int = 32
+    max_num_batched_rows: int = 1024
+    kv_cache_memory: int | str | None = None
+    max_model_len: int | None = None
+    page_size: int | None = None
+    enable_prefix_cache: bool = True
+    num_threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("decode_mode", self.decode_mode, DECODE_MODES)
+        _check_choice("kv_policy", self.kv_policy, KV_POLICIES)
+        sizes = ("chunk_length", "max_num_seqs", "max_num_batched_rows", "max_model_len",
+                 "page_size", "num_threads")  # fmt: skip
+        for name in sizes:
+            _check_int(name, getattr(self, name), 1)
+        _check_int("seed", self.seed, 0)
+        for arm in self.chunk_arms:
+            _check_int("chunk_arms", arm, 1)
+        for name in ("recompute_block", "enable_prefix_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"[llm] {name} must be a bool, got {getattr(self, name)!r}")
+        for name, value, mode in (
+            ("chunk_length", self.chunk_length, "chunk"),
+            ("recompute_block", self.recompute_block or None, "chunk"),
+            ("chunk_arms", tuple(self.chunk_arms) or None, "elastic"),
+        ):
+            if value is not None and self.decode_mode != mode:
+                raise ValueError(
+                    f"[llm] {name}={value!r} has a meaning in decode_mode {mode!r} only, got "
+                    f"decode_mode {self.decode_mode!r}"
+                )
+
+    def uses_latency_profile(self) -> bool:
+        """Whether the engine weighs rows against time, and so needs a profile."""
+        chunked = self.decode_mode == "chunk" and not self.recompute_block
+        return self.decode_mode == "elastic" or (chunked and self.kv_policy == "auto")
+
+    def to_native(self, checkpoint: Checkpoint, dtype: str) -> _C.EngineConfig:
+        """The C++ form for one checkpoint; raises ValueError where the two do not fit."""
+        from .native import _C
+
+        if self.decode_mode != "ar":
+            checkpoint.check_diffusion(self.decode_mode)
+        plan = plan_kv_cache(checkpoint, self, dtype)
+        native = _C.EngineConfig()
+        native.decode_mode = self.decode_mode
+        native.kv_policy = self.kv_policy
+        native.block_length = block = checkpoint.block_length or 1
+        _check_chunk("chunk_length", self.chunk_length, block)
+        for arm in self.chunk_arms:
+            _check_chunk("chunk_arms", arm, block)
+        native.chunk_length = self.chunk_length or min(DEFAULT_CHUNK_LENGTH, block)
+        native.recompute_block = self.recompute_block
+        native.chunk_arms = list(self.chunk_arms)
+        native.max_num_seqs = self.max_num_seqs
+        native.max_num_batched_rows = self.max_num_batched_rows
+        native.max_model_len = plan.max_model_len
+        native.page_size = plan.page_size
+        native.num_pages = plan.num_pages
+        native.enable_prefix_cache = self.enable_prefix_cache
+        native.num_threads = self.num_threads or 0
+        native.eos_token_ids = list(checkpoint.eos_token_ids)
+        return native
+
+
+@dataclass(frozen=True)
+class KvPlan:
+    """page_size in tokens, max_model_len in tokens (prompt and output), page_bytes over all
+    layers, pages_per_request for a request of max_model_len."""
+
+    page_size: int
+    num_pages: int
+    max_model_len: int
+    page_bytes: int
+    pages_per_request: int
+
+
+def plan_kv_cache(checkpoint: Checkpoint, options: EngineOptions, dtype: str) -> KvPlan:
+    """How many pages of which size. Raises ValueError if one request of max_model_len cannot fit.
+
+    Without kv_cache_memory: room for max_num_seqs requests of max_model_len, at most 1 GiB, at
+    least one request.
+    """
+    block = 1 if options.decode_mode == "ar" else checkpoint.block_length or 1
+    max_len = options.max_model_len or checkpoint.max_position_embeddings
+    if max_len > checkpoint.max_position_embeddings:
+        raise ValueError(
+            f"[llm] max_model_len {max_len} is above the model's max_position_embeddings "
+            f"{checkpoint.max_position_embeddings}"
+        )
+    page_size = options.page_size or block * -(-16 // block)
+    if page_size % block and block % page_size:
+        raise ValueError(
+            f"[llm] page_size must be a multiple of block_length {block} or divide it, got "
+            f"{page_size}"
+        )
+    page_bytes = page_size * kv_bytes_per_token(checkpoint, dtype)
+    needed = -(-(-(-max_len // block) * block) // page_size)
+    if options.kv_cache_memory is None:
+        wanted = min(options.max_num_seqs * needed, DEFAULT_KV_CACHE_BYTES // page_bytes)
+        return KvPlan(page_size, max(needed, wanted), max_len, page_bytes, needed)
+    memory = parse_bytes(options.kv_cache_memory)
+    num_pages = memory // page_bytes
+    if num_pages < needed:
+        raise ValueError(
+            f"[llm] kv_cache_memory {memory} bytes holds {num_pages} pages of {page_size} tokens "
+            f"({page_bytes} bytes each); one request of max_model_len {max_len} needs {needed} "
+            f"pages, {needed * page_bytes} bytes"
+        )
+    return KvPlan(page_size, num_pages, max_len, page_bytes, needed)
+
+
+def kv_bytes_per_token(checkpoint: Checkpoint, dtype: str) -> int:
+    """K and V of one token over all layers."""
+    elements = 2 * checkpoint.num_layers * checkpoint.num_kv_heads * checkpoint.head_dim
+    return elements * DTYPE_BYTES[dtype]
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes of 4096 or "512MiB" (units KiB, MiB, GiB, KB, MB, GB). Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if isinstance(value, str) and match and match[2].lower() in _UNITS:
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    raise ValueError(
+        f"[llm] kv_cache_memory must be bytes or a string like '512MiB', got {value!r}"
+    )
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is "cpu" in this build. Raises ValueError for a device it has no backend for."""
+    if device in ("auto", "cpu"):
+        return "cpu"
+    raise ValueError(f"[llm] device {device!r} is not in this build; use 'auto' or 'cpu'")
+
+
+def resolve_dtype(dtype: str) -> str:
+    """ "auto" is float32 on the CPU: its results do not depend on what else is in the batch."""
+    _check_choice("dtype", dtype, ("auto", *DTYPE_BYTES))
+    return "float32" if dtype == "auto" else dtype
+
+
+def parse_mode(text: str) -> tuple[str, int | None]:
+    """ "elastic" -> ("elastic", None); "chunk:4" -> ("chunk", 4). Raises ValueError."""
+    mode, colon, length = text.strip().partition(":")
+    _check_choice("mode", mode, DECODE_MODES)
+    if not colon:
+        return mode, None
+    if mode != "chunk" or not length.isdecimal():
+        raise ValueError(f"[llm] mode must look like 'chunk:4' to carry a length, got {text!r}")
+    return mode, int(length)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"[llm] {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_int(name: str, value: int | None, low: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"[llm] {name} must be an int >= {low}, got {value!r}")
+
+
+def _check_chunk(name: str, value: int | None, block: int) -> None:
+    if value is not None and value > block:
+        raise ValueError(f"[llm] {name} must be in [1, block_length {block}], got {value}")

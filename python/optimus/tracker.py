@@ -1,0 +1,177 @@
+"""Requests in flight: the host side of the engine's updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .detokenizer import TextBuilder
+from .outputs import CompletionOutput, RequestMetrics, RequestOutput
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from . import _C
+
+_MAX_IDLE_STEPS = 100
+
+
+class LiveRequest:
+    """One request from `RequestTracker.add` to its output.
+
+    token_ids: committed output tokens by position, None where masked.
+    num_known: leading positions that are final without a gap.
+    text: None without a tokenizer.
+    output: set when the request is finished.
+    on_update: called after every step that changed the request, with the positions committed.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        end_ids: frozenset[int],
+        text: TextBuilder | None,
+    ) -> None:
+        self.id = id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.end_ids = end_ids
+        self.text = text
+        self.token_ids: list[int | None] = []
+        self.num_known = 0
+        self.num_forwards = 0
+        self.output: RequestOutput | None = None
+        self.on_update: Callable[[LiveRequest, list[int]], None] | None = None
+
+    def apply_commits(self, commits: list[_C.Commit]) -> list[int]:
+        """Writes commits down; returns their positions."""
+        for commit in commits:
+            missing = commit.output_idx + 1 - len(self.token_ids)
+            self.token_ids.extend([None] * missing)
+            self.token_ids[commit.output_idx] = commit.token_id
+            self.num_forwards = max(self.num_forwards, commit.step)
+        return [commit.output_idx for commit in commits]
+
+    def advance(self, num_known: int) -> int | None:
+        """Feeds new contiguous tokens to the text.
+
+        Returns how many output tokens to keep if a stop string is complete, else None.
+        """
+        for i in range(self.num_known, num_known):
+            token_id = self.token_ids[i]
+            assert token_id is not None, f"position {i} is known but was never committed"
+            self.num_known = i + 1
+            if token_id in self.end_ids:
+                continue
+            if self.text is not None and self.text.push(token_id):
+                return self.num_known
+        return None
+
+
+class RequestTracker:
+    """Adds requests to an engine, runs its steps, and builds outputs. Not thread-safe.
+
+    on_step: called with the record of every step.
+    """
+
+    def __init__(self, engine: _C.Engine, tokenizer: Tokenizer | None) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.on_step: Callable[[_C.StepRecord], None] | None = None
+        self._eos_ids = frozenset(engine.config.eos_token_ids)
+        self._live: dict[int, LiveRequest] = {}
+        self._idle_steps = 0
+
+    def add(
+        self,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        native: _C.SamplingParams,
+    ) -> LiveRequest:
+        """Queues a request. Raises ValueError, changing nothing, if the engine refuses it."""
+        request_id = self.engine.add_request(prompt_token_ids, native)
+        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
+        text = None
+        if self.tokenizer is not None:
+            text = TextBuilder(self.tokenizer, params.stop)
+        live = LiveRequest(
+            request_id, prompt, prompt_token_ids, params, eos_ids | set(params.stop_token_ids), text
+        )
+        self._live[request_id] = live
+        return live
+
+    def step(self) -> None:
+        """Runs one engine step and hands its updates out."""
+        result = self.engine.step()
+        for update in result.updates:
+            live = self._live.get(update.id)
+            if live is not None:
+                self._apply(live, update)
+        idle = result.record.rows == 0 and not result.updates
+        self._idle_steps = self._idle_steps + 1 if idle else 0
+        if self._idle_steps >= _MAX_IDLE_STEPS and self._live:
+            raise RuntimeError(
+                f"[tracker] {self._idle_steps} steps did nothing while {len(self._live)} requests "
+                f"wait ({self.engine.num_free_pages} pages free)"
+            )
+        if self.on_step is not None:
+            self.on_step(result.record)
+
+    def abort(self, live: LiveRequest) -> None:
+        """Ends a request that has not finished yet, and frees what it holds."""
+        if live.output is None and live.id in self._live:
+            self.engine.abort(live.id)
+            self._finish(live, None)
+
+    def _apply(self, live: LiveRequest, update: _C.RequestUpdate) -> None:
+        committed = live.apply_commits(update.commits)
+        keep = live.advance(update.num_known)
+        if keep is not None and update.finish_reason is None:
+            self.engine.stop_request(live.id, keep)
+        if keep is not None or update.finish_reason is not None:
+            self._finish(live, keep)
+        if live.on_update is not None:
+            live.on_update(live, committed)
+
+    def _finish(self, live: LiveRequest, keep: int | None) -> None:
+        """Builds the output of a finished request; `keep` tokens if a stop string ended it."""
+        state = self.engine.request(live.id)
+        self.engine.release(live.id)
+        del self._live[live.id]
+        num_tokens = live.num_known if keep is None else keep
+        token_ids = list(state.output_token_ids[:num_tokens])
+        reason = state.finish_reason or "abort"
+        if live.text is not None and live.text.finish():
+            reason = "stop"
+        completion = CompletionOutput(
+            index=0,
+            text=None if live.text is None else live.text.text,
+            token_ids=token_ids,
+            logprobs=list(state.output_logprobs[:num_tokens])
+            if live.params.wants_logprobs
+            else None,
+            confidences=list(state.output_confidences[:num_tokens]),
+            steps=list(state.output_steps[:num_tokens]),
+            finish_reason=reason,
+            stop_reason=self._stop_reason(live, token_ids, reason),
+        )
+        metrics = RequestMetrics.from_native(state.metrics, num_tokens)
+        live.output = RequestOutput(
+            live.id, live.prompt, live.prompt_token_ids, [completion], metrics
+        )
+
+    def _stop_reason(
+        self, live: LiveRequest, token_ids: list[int], reason: str
+    ) -> str | int | None:
+        if reason != "stop":
+            return None
+        if live.text is not None and live.text.stop_reason is not None:
+            return live.text.stop_reason
+        last = token_ids[-1] if token_ids else None
+        is_eos = last in self._eos_ids and not live.params.ignore_eos
+        return last if last in live.params.stop_token_ids and not is_eos else None
