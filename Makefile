@@ -27,7 +27,7 @@ export PATH := $(BIN):$(PATH)
 export MAX_JOBS ?= $(JOBS)
 
 DEMO_PROMPT ?= Mia has 48 apples. Mia gives half of the apples away. Mia buys 3 boxes with 6 apples each. How many apples does Mia have now?
-DEMO_GENERATE = $(BIN)/optimus generate "$(DEMO_PROMPT)" --watch off
+DEMO_GENERATE = $(BIN)/optimus generate "$(DEMO_PROMPT)"
 DEMO_BENCH = $(BIN)/optimus bench offline --concurrency 1,4 --modes ar,block,chunk,elastic --num-prompts 16
 
 # Two cores are enough for the tests, and spinning OpenMP threads on busy cores cost milliseconds.

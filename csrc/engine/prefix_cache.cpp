@@ -13,7 +13,7 @@
 namespace optimus {
 
 PrefixCache::PrefixCache(PagePool& pool, int page_size, int alignment, bool enabled)
-    : pool_(pool), page_size_(page_size), alignment_(alignment), enabled_(enabled) {
+    : pool_(pool), page_size_(page_size), unit_(std::max(page_size, alignment)), enabled_(enabled) {
   OPTIMUS_CHECK(page_size > 0, "[prefix_cache] page_size must be positive, got ", page_size);
   OPTIMUS_CHECK(alignment > 0, "[prefix_cache] alignment must be positive, got ", alignment);
   OPTIMUS_CHECK(page_size % alignment == 0 || alignment % page_size == 0,
@@ -21,7 +21,7 @@ PrefixCache::PrefixCache(PagePool& pool, int page_size, int alignment, bool enab
                 page_size, " and ", alignment);
   if (!enabled) return;
   entries_.resize(pool.num_pages());
-  tokens_.resize(static_cast<size_t>(pool.num_pages()) * page_size);
+  tokens_.resize(static_cast<size_t>(pool.num_pages()) * unit_);
   pool.set_listener(this);
 }
 
@@ -33,17 +33,21 @@ PrefixCache::~PrefixCache() {
   }
 }
 
-uint64_t PrefixCache::hash_page(uint64_t parent_hash, const int32_t* tokens, int page_size) {
+uint64_t PrefixCache::hash_page(uint64_t parent_hash, const int32_t* tokens, int num_tokens) {
   constexpr uint64_t kMultiplier = 0x9E3779B97F4A7C15ull;
   uint64_t hash = parent_hash + kMultiplier;
-  for (int i = 0; i < page_size; ++i) {
+  for (int i = 0; i < num_tokens; ++i) {
     hash = (hash ^ static_cast<uint32_t>(tokens[i])) * kMultiplier;
   }
   return hash ^ (hash >> 32);  // multiplication moves information upwards only
 }
 
 uint64_t PrefixCache::hash_after(int32_t parent, const int32_t* tokens) const {
-  return hash_page(parent == kNone ? 0 : entries_[parent].hash, tokens, page_size_);
+  return hash_page(parent == kNone ? 0 : entries_[parent].hash, tokens, unit_);
+}
+
+const int32_t* PrefixCache::key_tokens(const int32_t* tokens, int page_idx) const {
+  return tokens + static_cast<size_t>(page_idx) * page_size_ / unit_ * unit_;
 }
 
 int32_t PrefixCache::find(int32_t parent, uint64_t hash, const int32_t* tokens) const {
@@ -51,8 +55,8 @@ int32_t PrefixCache::find(int32_t parent, uint64_t hash, const int32_t* tokens) 
   int32_t page = bucket == first_by_hash_.end() ? kNone : bucket->second;
   for (; page != kNone; page = entries_[page].next_same_hash) {
     // Same parent page and same tokens are, by induction, the same whole prefix.
-    const int32_t* own = tokens_.data() + static_cast<size_t>(page) * page_size_;
-    if (entries_[page].parent == parent && std::equal(own, own + page_size_, tokens)) break;
+    const int32_t* own = tokens_.data() + static_cast<size_t>(page) * unit_;
+    if (entries_[page].parent == parent && std::equal(own, own + unit_, tokens)) break;
   }
   return page;
 }
@@ -61,14 +65,15 @@ PrefixCache::Match PrefixCache::match(const int32_t* tokens, int num_tokens) {
   OPTIMUS_CHECK(num_tokens >= 0, "[prefix_cache] match: num_tokens is negative: ", num_tokens);
   Match match;
   if (!enabled_) return match;
+  const int pages_per_unit = unit_ / page_size_;
   int32_t parent = kNone;
-  for (int begin = 0; num_tokens - begin >= page_size_; begin += page_size_) {
-    const int32_t page = find(parent, hash_after(parent, tokens + begin), tokens + begin);
+  for (int i = 0; i < num_tokens / unit_ * pages_per_unit; ++i) {
+    const int32_t* key = key_tokens(tokens, i);
+    const int32_t page = find(parent, hash_after(parent, key), key);
     if (page == kNone) break;
     match.pages.push_back(page);
     parent = page;
   }
-  const int pages_per_unit = std::max(1, alignment_ / page_size_);
   match.pages.resize(match.pages.size() / pages_per_unit * pages_per_unit);
   match.num_tokens = static_cast<int>(match.pages.size()) * page_size_;
   // In use from here on; the release that ends it sets the time of last use.
@@ -84,7 +89,8 @@ void PrefixCache::insert(const int32_t* tokens, const std::vector<int32_t>& page
                     num_full <= static_cast<int>(pages.size()),
                 "[prefix_cache] insert: pages [", num_registered, ", ", num_full, ") of ",
                 pages.size());
-  if (!enabled_ || num_registered == num_full) return;
+  num_full -= num_full % (unit_ / page_size_);
+  if (!enabled_ || num_registered >= num_full) return;
   // Usually the sequence's last registered page is in the cache itself and the chain goes on from
   // there. Where its content was cached already it kept its own copy, which is not a node: walk the
   // chain by content from the start.
@@ -96,12 +102,12 @@ void PrefixCache::insert(const int32_t* tokens, const std::vector<int32_t>& page
   }
   ++clock_;
   for (int i = first; i < num_full; ++i) {
-    const int32_t* page_tokens = tokens + static_cast<size_t>(i) * page_size_;
-    const uint64_t hash = hash_after(parent, page_tokens);
-    int32_t page = find(parent, hash, page_tokens);
+    const int32_t* key = key_tokens(tokens, i);
+    const uint64_t hash = hash_after(parent, key);
+    int32_t page = find(parent, hash, key);
     if (page == kNone) {
       page = pages[i];
-      add(page, parent, hash, page_tokens);
+      add(page, parent, hash, key);
     }
     touch(page, clock_);
     parent = page;
@@ -119,7 +125,7 @@ void PrefixCache::add(int32_t page, int32_t parent, uint64_t hash, const int32_t
   const auto [bucket, is_new] = first_by_hash_.try_emplace(hash, page);
   if (!is_new) entry.next_same_hash = std::exchange(bucket->second, page);
   entries_[page] = entry;
-  std::copy_n(tokens, page_size_, tokens_.data() + static_cast<size_t>(page) * page_size_);
+  std::copy_n(tokens, unit_, tokens_.data() + static_cast<size_t>(page) * unit_);
   if (parent != kNone) {
     Entry& above = entries_[parent];
     if (above.evictable_leaf()) leaves_.erase({above.last_used, parent});

@@ -35,7 +35,7 @@ class PrefixCache : private PagePool::Listener {
   Match match(const int32_t* tokens, int num_tokens);
 
   // Registers pages[num_registered ...num_full) of a sequence whose first num_full * page_size
-  // tokens are given. A page whose content is already cached is skipped (the sequence keeps its own
+  // tokens are given; of a last block that is not whole, none. A page whose content is already cached is skipped (the sequence keeps its own
   // copy). Pages [0, num_registered) must have been registered or matched before; where another
   // sequence's copy of such a page has been evicted since, this sequence's own takes its place.
   void insert(const int32_t* tokens, const std::vector<int32_t>& pages, int num_registered,
@@ -56,7 +56,7 @@ class PrefixCache : private PagePool::Listener {
 
   // Hash of a page from that of the page before it (0 for the first). Public so that tests can
   // construct a collision.
-  static uint64_t hash_page(uint64_t parent_hash, const int32_t* tokens, int page_size);
+  static uint64_t hash_page(uint64_t parent_hash, const int32_t* tokens, int num_tokens);
 
  private:
   static constexpr int32_t kNone = -1;
@@ -80,16 +80,20 @@ class PrefixCache : private PagePool::Listener {
   void on_shared_changed(int32_t page, bool shared) override;
   void set_held(int32_t page, bool held);
   void touch(int32_t page, uint64_t time);
+  // The tokens that key a page: its own, or where several pages make a block, the whole block's,
+  // since positions of a block see each other.
+  const int32_t* key_tokens(const int32_t* tokens, int page_idx) const;
   int32_t find(int32_t parent, uint64_t hash, const int32_t* tokens) const;
   uint64_t hash_after(int32_t parent, const int32_t* tokens) const;
   void add(int32_t page, int32_t parent, uint64_t hash, const int32_t* tokens);
   void remove(int32_t page);
 
   PagePool& pool_;
-  int page_size_, alignment_;
+  int page_size_;
+  int unit_;  // tokens a page's content depends on besides the pages before it: see key_tokens
   bool enabled_;
   std::vector<Entry> entries_;   // [num_pages]
-  std::vector<int32_t> tokens_;  // [num_pages, page_size]
+  std::vector<int32_t> tokens_;  // [num_pages, unit]
   std::unordered_map<uint64_t, int32_t> first_by_hash_;
   std::set<std::pair<uint64_t, int32_t>> leaves_;  // evictable leaves, (last_used, page)
   uint64_t clock_ = 0;

@@ -27,10 +27,10 @@ struct EmbeddingParams {
 void embedding(const EmbeddingParams&, const Execution&);
 
 // out = x / rms(x) * weight. With `residual`: residual += x first (in place), and the sum is normed.
-// With `row_idx`: output row i is the norm of input row row_idx[i] (residual must then be null).
+// With `row_idx` (distinct rows): output row i is the norm of row row_idx[i] of x and residual.
 struct RmsNormParams {
   const void* x;             // [input rows, hidden]
-  void* residual;            // [rows, hidden], or null
+  void* residual;            // [input rows, hidden], or null
   const int32_t* row_idx;    // [rows], or null
   const void* weight;        // [hidden]
   void* out;                 // [rows, hidden]; may alias x when row_idx is null

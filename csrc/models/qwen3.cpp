@@ -224,15 +224,13 @@ void Model::forward(const ForwardBatch& b, KvCache& kv, Activations& a, const Ex
     layer.gate_up.run(a.normed.data(), a.gate_up.data(), b.num_rows, e);
     silu_mul({a.gate_up.data(), a.activated.data(), b.num_rows, c.intermediate_size, c.dtype}, e);
     layer.down.run(a.activated.data(), a.hidden.data(), b.num_rows, e);
-    const Buffer<char>& next = i + 1 < c.num_layers ? layers_[i + 1].input_norm : final_norm_;
-    norm(a.hidden.data(), a.residual.data(), next);
+    if (i + 1 < c.num_layers) norm(a.hidden.data(), a.residual.data(), layers_[i + 1].input_norm);
   }
   if (b.num_logit_rows == 0) return;
-  // A gather of rows is what the embedding op does: pick those that need logits.
-  embedding({a.normed.data(), b.logit_rows, a.hidden.data(), b.num_logit_rows, c.hidden_size,
-             c.dtype},
-            e);
-  lm_head_.run(a.hidden.data(), a.logits.data(), b.num_logit_rows, e);
+  rms_norm({a.hidden.data(), a.residual.data(), b.logit_rows, final_norm_.data(), a.normed.data(),
+            b.num_logit_rows, c.hidden_size, c.rms_norm_eps, c.dtype},
+           e);
+  lm_head_.run(a.normed.data(), a.logits.data(), b.num_logit_rows, e);
 }
 
 }  // namespace optimus

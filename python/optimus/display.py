@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
@@ -43,22 +44,20 @@ def watch(
     return output
 
 
-def metrics_line(output: RequestOutput) -> str:
-    """One line on the cost of a request."""
+def metrics_line(output: RequestOutput, *, speed: bool = True) -> str:
+    """One line on the cost of a request; `speed` means little where frames are held back."""
     metrics, completion = output.metrics, output.outputs[0]
-    speed = metrics.num_output_tokens / max(metrics.latency, 1e-9)
+    rate = metrics.num_output_tokens / max(metrics.latency, 1e-9)
     return (
         f"{metrics.num_output_tokens} tokens in {metrics.nfe} forwards "
         f"({metrics.tokens_per_forward:.2f} a forward, {metrics.rows_per_token:.2f} rows a token), "
-        f"{speed:.0f} tok/s, {completion.finish_reason}"
+        + (f"{rate:.0f} tok/s, " if speed else "")
+        + completion.finish_reason
     )
 
 
 def eval_table(result: EvalResult, title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("family")
-    for name in ("prompts", "exact match", "95% interval"):
-        table.add_column(name, justify="right")
+    table = _table(title, ["family"], ["prompts", "exact match", "95% interval"])
     for family, score in [*result.families.items(), ("all", result.overall)]:
         style = "bold" if family == "all" else ""
         table.add_row(family, str(score.total), _percent(score.accuracy), _interval(score),
@@ -75,19 +74,14 @@ def eval_line(result: EvalResult) -> str:
 
 
 def bench_table(rows: Sequence[BenchRow]) -> Table:
-    table = Table(title=f"offline, {rows[0].num_prompts} prompts" if rows else "offline")
-    table.add_column("concurrency", justify="right")
-    table.add_column("mode")
-    columns = ("tok/s", "ms/step", "host ms", "rows/step", "tokens/forward", "rows/token",
-               "exact match", "95% interval")  # fmt: skip
-    for name in columns:
-        table.add_column(name, justify="right")
+    """Fits 80 columns. "match" is exact match in percent, then its 95% interval."""
+    columns = ["load", "tok/s", "ms/step", "rows/step", "tok/fwd", "rows/tok", "match", "95%"]
+    table = _table(f"offline, {rows[0].num_prompts} prompts", ["mode"], columns)
     for i, row in enumerate(rows):
         table.add_row(
-            str(row.concurrency), row.mode, f"{row.tokens_per_second:.0f}",
-            f"{row.ms_per_step:.2f}", f"{row.host_ms:.2f}", f"{row.rows_per_step:.0f}",
-            f"{row.tokens_per_forward:.2f}", f"{row.rows_per_token:.2f}",
-            _percent(row.accuracy.accuracy), _interval(row.accuracy),
+            row.mode, str(row.concurrency), f"{row.tokens_per_second:.0f}",
+            f"{row.ms_per_step:.2f}", f"{row.rows_per_step:.0f}", f"{row.tokens_per_forward:.2f}",
+            f"{row.rows_per_token:.2f}", _percent(row.accuracy.accuracy), _interval(row.accuracy),
             end_section=i + 1 < len(rows) and rows[i + 1].concurrency != row.concurrency,
         )  # fmt: skip
     return table
@@ -95,11 +89,23 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
 
 def facts_table(facts: Sequence[tuple[str, str]], title: str) -> Table:
     """Two columns, no header."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.show_header = False
+    table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(name, Text(value))
+    return table
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.show_edge = False
+    table.padding = (0, 1, 0, 0)
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -116,4 +122,4 @@ def _percent(share: float) -> str:
 
 
 def _interval(score: Score) -> str:
-    return f"{100 * score.low:.1f} to {100 * score.high:.1f}"
+    return f"{100 * score.low:.1f}-{100 * score.high:.1f}"

@@ -84,7 +84,9 @@ def load_tasks(path: str | Path | None = None, num_prompts: int | None = None) -
             raise ValueError(f"[evaluate] {file}, line {number}: {error!r}") from None
         tasks.append(Task(str(task_id), str(family), str(prompt), str(answer)))
     if num_prompts is not None and num_prompts > len(tasks):
-        raise ValueError(f"[evaluate] {file} holds {len(tasks)} tasks, {num_prompts} were asked for")
+        raise ValueError(
+            f"[evaluate] {file} holds {len(tasks)} tasks, {num_prompts} were asked for"
+        )
     if not tasks:
         raise ValueError(f"[evaluate] {file} holds no tasks")
     return tasks[:num_prompts]

@@ -47,7 +47,7 @@ def _describe_model(checkpoint: Checkpoint, found: Inspection) -> None:
         "layers": c.num_layers,
         "hidden / intermediate": f"{c.hidden_size} / {c.intermediate_size}",
         "heads": f"{c.num_q_heads} query, {c.num_kv_heads} key/value, {c.head_dim} wide",
-        "vocabulary": f"{c.vocab_size} ({'tied' if c.tie_word_embeddings else 'untied'} embeddings)",
+        "vocabulary": f"{c.vocab_size}, embeddings {'tied' if c.tie_word_embeddings else 'untied'}",
         "positions": f"{c.max_position_embeddings}, rope theta {c.rope_theta:g}",
         "rms norm eps": f"{c.rms_norm_eps:g}",
     }
@@ -59,7 +59,7 @@ def _describe_decoding(checkpoint: Checkpoint, found: Inspection) -> None:
     found.facts |= {
         "block length": _with_source(c.block_length, c.block_length_source),
         "mask token id": _with_source(c.mask_token_id, c.mask_token_id_source),
-        "eos token ids": ", ".join(map(str, c.eos_token_ids)) or "none",
+        "eos token ids": ", ".join(map(str, c.eos_token_ids)) or "none: outputs end at max_tokens",
         "decode modes": "ar",
         "confidence threshold": f"{DEFAULT_CONFIDENCE_THRESHOLD} (default)"
         if threshold is None
@@ -72,8 +72,6 @@ def _describe_decoding(checkpoint: Checkpoint, found: Inspection) -> None:
     except ValueError as error:
         if c.architecture != "Qwen3ForCausalLM":
             found.problems.append(str(error))
-    if not c.eos_token_ids:
-        found.problems.append("no eos_token_id: outputs end at max_tokens only")
 
 
 def _describe_weights(checkpoint: Checkpoint, found: Inspection) -> None:

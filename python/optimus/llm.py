@@ -40,12 +40,14 @@ class LLM:
 
     model: directory of a Hugging Face checkpoint; None is the demo model of the package.
     device: "auto" or "cpu" (this build has the CPU backend).
-    dtype: of weights, activations and KV. "auto" is "float32" on the CPU, in which a request's
-        tokens do not depend, to the bit, on what else is in the batch; or "bfloat16".
+    dtype: of weights, activations and KV: "float32" or "bfloat16"; "auto" is "float32" on the CPU,
+        where the outputs of a row do not depend, to the bit, on what else is in the batch.
     decode_mode: "ar" (one token per forward), "block" (the published block-diffusion loop),
-        "chunk" (`chunk_length` masked positions per forward), "elastic" (chosen by load).
-    chunk_length: 1..block_length, for "chunk" only; default 4. chunk_arms: the lengths "elastic" may choose
-        from; default powers of two. recompute_block: "chunk" feeds the whole block each step.
+        "chunk" (`chunk_length` masked positions per forward), "elastic" (the chunk length follows
+        load and measured time, and so may a request's tokens; the other modes repeat exactly).
+    chunk_length: 1..block_length, for "chunk" only; default 4. chunk_arms: the lengths "elastic"
+        may choose from; default powers of two. recompute_block: "chunk" feeds the whole block each
+        step.
     kv_policy: "freeze" keeps the KV of a finished block, "refresh" computes it once more from the
         clean block, "auto" refreshes when the latency profile says the rows are free. "block" and
         "ar" have one way only.
@@ -76,7 +78,7 @@ class LLM:
         recompute_block: bool = False,
         kv_policy: str = DEFAULT_KV_POLICY,
         max_num_seqs: int = 32,
-        max_num_batched_rows: int = 1024,
+        max_num_batched_rows: int = 512,
         kv_cache_memory: int | str | None = None,
         max_model_len: int | None = None,
         page_size: int | None = None,

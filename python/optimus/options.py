@@ -31,7 +31,7 @@ class EngineOptions:
     recompute_block: bool = False
     kv_policy: str = DEFAULT_KV_POLICY
     max_num_seqs: int = 32
-    max_num_batched_rows: int = 1024
+    max_num_batched_rows: int = 512
     kv_cache_memory: int | str | None = None
     max_model_len: int | None = None
     page_size: int | None = None

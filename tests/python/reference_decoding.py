@@ -392,8 +392,8 @@ def chunk_decode(
     model: KvStoreModel,
     prompt: Sequence[int],
     params: DecodeParams,
-    chunk_length: int,
-    kv_policy: str,
+    chunk_length: int | Sequence[int],
+    kv_policy: str | Sequence[bool],
     recompute_block: bool = False,
 ) -> Result:
     """Chunk decoding with an explicit state per position, over stored K and V.
@@ -401,8 +401,11 @@ def chunk_decode(
     A step's rows, ascending: the previous block if it holds fresh positions (those under `freeze`,
     all of it under `refresh`), fresh positions of the current block, its first `chunk_length`
     masks. With `recompute_block` all positions of the current block are rows in every step.
+
+    What a controller chooses is given by step: a sequence of chunk lengths, and of whether a step
+    refreshes. Masks that were rows and are not now stay present, with the K and V of that step.
     """
-    if kv_policy not in ("freeze", "refresh"):
+    if isinstance(kv_policy, str) and kv_policy not in ("freeze", "refresh"):
         raise ValueError(f"kv_policy {kv_policy}")
     block_length = params.block_length
     sequence = _Sequence(prompt, params)
@@ -418,10 +421,12 @@ def chunk_decode(
     while True:
         previous = range(max(0, block_start - block_length), block_start)
         current = range(block_start, block_start + block_length)
-        masks = [p for p in current if sequence.masked[p]][:chunk_length]
+        refresh = kv_policy == "refresh" if isinstance(kv_policy, str) else kv_policy[nfe]
+        length = chunk_length if isinstance(chunk_length, int) else chunk_length[nfe]
+        masks = [p for p in current if sequence.masked[p]][:length]
         rows: list[int] = []
         if any(p in fresh for p in previous):
-            rows += [p for p in previous if kv_policy == "refresh" or p in fresh]
+            rows += [p for p in previous if refresh or p in fresh]
         if recompute_block:
             rows += current
         else:
@@ -483,7 +488,6 @@ def gumbel_noise(seed: int, position: int, denoise_step: int, vocab_size: int) -
     key = _mix64(np.array([seed & _U64], dtype=np.uint64))
     key = _mix64(key ^ np.uint64(position))
     key = _mix64(key ^ np.uint64(denoise_step))
-    bits = _mix64(key ^ np.arange(vocab_size, dtype=np.uint64)) >> np.uint64(40)
-    uniform = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
-    with np.errstate(divide="ignore"):
-        return -np.log(-np.log(uniform))
+    bits = _mix64(key ^ np.arange(vocab_size, dtype=np.uint64)) >> np.uint64(41)
+    uniform = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    return -np.log(-np.log(uniform))

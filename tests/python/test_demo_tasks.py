@@ -34,10 +34,10 @@ def test_tasks_are_a_function_of_the_seed():
 
 
 def test_split_is_disjoint_and_balanced():
-    held = tasks.heldout_tasks(0, 200)
+    held = tasks.heldout_tasks(0, 240)
     assert all(tasks.is_heldout(t.prompt) for t in held)
     assert not any(tasks.is_heldout(t.prompt) for t in islice(tasks.train_tasks(0), 2000))
-    assert len({t.prompt for t in held}) == 200
+    assert len({t.prompt for t in held}) == 240
     families = [t.family for t in held]
     assert {families.count(f) for f in tasks.FAMILIES} == {40}
 

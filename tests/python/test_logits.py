@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from engine_testing import engine_model, make_engine
 from oracle_models import fresh_seed, random_oracle
 from reference_decoding import (
@@ -221,15 +220,17 @@ def test_bf16_logits(name: str) -> None:
     seed = fresh_seed()
     rng = np.random.default_rng(seed)
     oracle = oracle_of(SHAPES[name], seed)
-    rounded = copy.deepcopy(oracle).bfloat16()
-    exact = copy.deepcopy(rounded).float()
+    for parameter in oracle.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    in_bf16 = copy.deepcopy(oracle).bfloat16()
+    in_bf16.model.rotary_emb = copy.deepcopy(oracle.model.rotary_emb)  # angles stay fp32
     engine = make_engine(engine_model(oracle, dtype="bfloat16"), num_pages=64, page_size=8)
     num_tokens, block_length = 64, 8
     tokens = rng.integers(0, oracle.config.vocab_size, num_tokens)
     positions = np.arange(num_tokens)
     visible = block_visibility(num_tokens, block_length)
-    expected = transformers_forward(exact)(tokens, positions, visible)
-    peer = transformers_forward(rounded)(tokens, positions, visible)
+    expected = transformers_forward(oracle)(tokens, positions, visible)
+    peer = transformers_forward(in_bf16)(tokens, positions, visible)
     pages = scattered_pages(rng, num_tokens, 8)
     logits = np.concatenate(
         [
@@ -245,6 +246,6 @@ def test_bf16_logits(name: str) -> None:
     error = float(np.sqrt(np.mean((logits - expected) ** 2)))
     peer_error = float(np.sqrt(np.mean((peer - expected) ** 2)))
     print(f"rms error {error:.4f}, transformers {peer_error:.4f}, logits {expected.std():.2f}")
-    assert error <= 1.3 * peer_error
+    assert error <= 1.2 * peer_error
     assert error <= 0.05 * expected.std()
     assert torch.finfo(torch.bfloat16).eps / 100 < error / expected.std()  # it is not fp32

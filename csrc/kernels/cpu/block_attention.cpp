@@ -24,6 +24,7 @@ struct Scratch {
   Buffer<float> k{kAttentionKeys * kMaxHeadDim};
   Buffer<float> v{kAttentionKeys * kMaxHeadDim};
   Buffer<float> out{kAttentionLanes * kMaxHeadDim};
+  Buffer<float> transposed{kAttentionKeys * kMaxHeadDim};
   alignas(64) float scores[kAttentionKeys * kAttentionLanes];
   alignas(64) float max[kAttentionLanes];
   alignas(64) float sum[kAttentionLanes];
@@ -157,19 +158,19 @@ void run_task(const BlockAttentionParams& params, const Task& task) {
   Scratch& scratch = thread_scratch();
   const int head_stride = round_up(params.head_dim, kLanes);
   const int num_keys = load_queries<T>(params, task, head_stride, scratch);
-  AttentionTile tile{scratch.q.data(),
-                     scratch.k.data(),
-                     scratch.v.data(),
-                     scratch.limits,
-                     scratch.scores,
-                     scratch.max,
-                     scratch.sum,
-                     scratch.out.data(),
-                     task.lanes,
-                     params.head_dim,
-                     head_stride,
-                     0,
-                     0};
+  AttentionTile tile{};
+  tile.q = scratch.q.data();
+  tile.k = scratch.k.data();
+  tile.v = scratch.v.data();
+  tile.limits = scratch.limits;
+  tile.scores = scratch.scores;
+  tile.transposed = scratch.transposed.data();
+  tile.max = scratch.max;
+  tile.sum = scratch.sum;
+  tile.out = scratch.out.data();
+  tile.lanes = task.lanes;
+  tile.head_dim = params.head_dim;
+  tile.head_stride = head_stride;
   for (int first = 0; first < num_keys; first += kAttentionKeys) {
     tile.first_key = first;
     tile.num_keys = std::min(kAttentionKeys, num_keys - first);

@@ -50,7 +50,7 @@ namespace {
 
 constexpr int kMaxGroupRows = 64;
 constexpr size_t kScratchFloats = 1 << 17;      // 512 KiB a thread: a row group of x
-constexpr int64_t kMinFlopsPerThread = 200000;  // about 2 microseconds, what waking a worker costs
+constexpr int64_t kMinFlopsPerThread = 100000;  // a few microseconds, what sharing costs
 
 // Rows of x copied at once. The stride is odd in cache lines, to spread rows over cache sets.
 struct RowGroups {

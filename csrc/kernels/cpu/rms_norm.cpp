@@ -16,7 +16,6 @@ void check(const RmsNormParams& params) {
   OPTIMUS_CHECK(params.x != nullptr && params.weight != nullptr && params.out != nullptr,
                 "[rms_norm] null pointer for x, weight or out");
   if (params.row_idx == nullptr) return;
-  OPTIMUS_CHECK(params.residual == nullptr, "[rms_norm] row_idx and residual exclude each other");
   OPTIMUS_CHECK(params.out != params.x, "[rms_norm] out must not alias x when row_idx is given");
   for (int i = 0; i < params.rows; ++i) {
     OPTIMUS_CHECK(params.row_idx[i] >= 0, "[rms_norm] row_idx[", i, "] must be >= 0, got ",
@@ -32,7 +31,7 @@ void run_rows(const RmsNormParams& params, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     size_t input_row = params.row_idx != nullptr ? params.row_idx[i] : i;
     simd_kernels<T>().rms_norm(x + input_row * hidden,
-                               residual != nullptr ? residual + i * hidden : nullptr,
+                               residual != nullptr ? residual + input_row * hidden : nullptr,
                                static_cast<const T*>(params.weight),
                                static_cast<T*>(params.out) + i * hidden, params.hidden, params.eps);
   }

@@ -36,6 +36,7 @@ struct AttentionTile {
   const float* v;         // [kAttentionKeys, head_stride]
   const int32_t* limits;  // [kAttentionLanes] a lane sees keys below it
   float* scores;          // [kAttentionKeys, kAttentionLanes] scratch
+  float* transposed;      // [head_dim, kAttentionKeys] scratch
   float* max;             // [kAttentionLanes] running maximum, -inf at first
   float* sum;             // [kAttentionLanes] running sum of exponentials, 0 at first
   float* out;             // [kAttentionLanes, head_stride] running weighted sum of v, 0 at first
@@ -44,6 +45,14 @@ struct AttentionTile {
   int head_stride;  // head_dim rounded up to kLanes; the padding of v is 0
   int first_key;    // position of k[0] in its request
   int num_keys;     // in this tile
+};
+
+// What softmax(logits * scale) and its entropy are made of.
+struct SoftmaxSums {
+  float max;            // of logits * scale
+  int argmax;           // the first element that reaches it
+  double sum;           // of exp(logits * scale - max)
+  double weighted_sum;  // of exp(logits * scale - max) * (logits * scale - max)
 };
 
 // T is the storage type; arithmetic is fp32.
@@ -63,6 +72,7 @@ struct SimdKernels {
   // given.
   void (*rotate_head)(float* head, const float* cosine, const float* sine, int half);
   void (*silu_mul)(const T* gate, const T* up, T* out, int count);
+  SoftmaxSums (*softmax_sums)(const T* logits, int count, float scale);
 };
 
 template <class T>

@@ -6,37 +6,11 @@
 
 #include "core/check.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/simd.h"
 #include "kernels/noise.h"
 
 namespace optimus::cpu {
 namespace {
-
-// What one pass over a row of scaled logits gives.
-struct RowSums {
-  float max = -std::numeric_limits<float>::infinity();
-  double sum = 0;           // of exp(x - max)
-  double weighted_sum = 0;  // of exp(x - max) * (x - max)
-  int argmax = 0;
-};
-
-template <class T>
-RowSums sum_row(const T* logits, int vocab_size, float scale) {
-  RowSums sums;
-  for (int v = 0; v < vocab_size; ++v) {
-    float x = to_float(logits[v]) * scale;
-    if (x > sums.max) {
-      sums.max = x;
-      sums.argmax = v;
-    }
-  }
-  for (int v = 0; v < vocab_size; ++v) {
-    float shifted = to_float(logits[v]) * scale - sums.max;
-    float weight = std::exp(shifted);
-    sums.sum += weight;
-    sums.weighted_sum += weight == 0.0f ? 0.0 : double(weight) * shifted;
-  }
-  return sums;
-}
 
 // Smallest scaled logit that top-k and top-p let through. Ties at the border all pass.
 // top-p keeps the smallest set, by descending probability, whose mass (of the top-k set) reaches p.
@@ -82,13 +56,14 @@ void find_candidate(const UnmaskParams& p, int i, std::vector<float>& scratch) {
   const DecodeState& state = p.state;
   const T* logits = static_cast<const T*>(p.logits) + int64_t(i) * p.vocab_size;
   int slot = p.logit_slots[i];
-  RowSums plain = sum_row(logits, p.vocab_size, 1.0f);
-  RowSums scaled = plain;
+  const SimdKernels<T>& simd = simd_kernels<T>();
+  SoftmaxSums plain = simd.softmax_sums(logits, p.vocab_size, 1.0f);
+  SoftmaxSums scaled = plain;
   int token = plain.argmax;
   float scale = 1.0f;
   if (state.temperature[slot] > 0.0f) {
     scale = 1.0f / state.temperature[slot];
-    scaled = sum_row(logits, p.vocab_size, scale);
+    scaled = simd.softmax_sums(logits, p.vocab_size, scale);
     float floor = sampling_floor(logits, p.vocab_size, scale, state.top_k[slot],
                                  state.top_p[slot], scratch);
     int32_t position = state.block_start[slot] + p.logit_offsets[i];

@@ -86,6 +86,18 @@ TEST(RmsNorm, GathersRows) {
     std::vector<double> expected;
     for (int r = 0; r < rows; ++r) append_norm(row_of(x, row_idx[r], hidden), weight, expected);
     expect_close(out, expected);
+
+    // With a residual of zeros the same rows come out, and only they are added to.
+    Tensor residual(dtype, inputs * hidden), again(dtype, rows * hidden);
+    residual.fill(0.0f);
+    cpu::rms_norm({x.data(), residual.data(), row_idx.data(), weight.data(), again.data(), rows,
+                   hidden, kEps, dtype},
+                  pool);
+    expect_close(again, expected);
+    for (int r = 0; r < inputs; ++r) {
+      auto sum = row_of(residual, row_idx[r], hidden), row = row_of(x, row_idx[r], hidden);
+      EXPECT_EQ(sum, r < rows ? row : std::vector<double>(hidden, 0.0));
+    }
   });
 }
 
@@ -93,10 +105,8 @@ TEST(RmsNorm, RejectsBadArguments) {
   ThreadPool pool(1);
   Tensor x(DType::float32, 8), weight(DType::float32, 4), out(DType::float32, 8);
   int32_t idx[2] = {0, -1};
-  RmsNormParams params{x.data(), out.data(), idx,  weight.data(), out.data(),
-                       2,        4,          kEps, DType::float32};
-  expect_invalid([&] { cpu::rms_norm(params, pool); }, "row_idx and residual exclude each other");
-  params.residual = nullptr;
+  RmsNormParams params{x.data(), nullptr, idx,  weight.data(), out.data(),
+                       2,        4,       kEps, DType::float32};
   expect_invalid([&] { cpu::rms_norm(params, pool); },
                  "[rms_norm] row_idx[1] must be >= 0, got -1");
   params.out = x.data();

@@ -50,9 +50,10 @@ struct Vec {
   }
 }
 
-// The first `count` < kLanes elements; the other lanes are 0.
+// The first `count` <= kLanes elements; the other lanes are 0.
 template <class T>
 [[gnu::always_inline]] inline Vec load_first(const T* in, int count) {
+  if (count >= kLanes) return load(in);
   T padded[kLanes] = {};
   std::memcpy(padded, in, count * sizeof(T));
   return load(padded);
@@ -60,6 +61,7 @@ template <class T>
 
 template <class T>
 [[gnu::always_inline]] inline void store_first(T* out, Vec value, int count) {
+  if (count >= kLanes) return store(out, value);
   T padded[kLanes];
   store(padded, value);
   std::memcpy(out, padded, count * sizeof(T));

@@ -1,0 +1,193 @@
+"""Accuracy of the demo model in every decode mode, on paired held-out prompts.
+
+    python bench/accuracy_table.py --output bench/results/accuracy_cpu.json --workers 2
+
+Arms: `ar`; `block`; `chunk` c in {1, 2, 4, 8, 16, 32} with `freeze` and `refresh`; the block and
+chunk arms at each threshold. Every arm decodes the same prompts with the C++ engine; each worker
+process runs one arm at a time on one thread. Arms already in the output file are kept, so a run can
+be continued. `--markdown` prints the table of a finished file instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optimus
+from optimus.bench import git_commit, machine
+from optimus.evaluate import generate_answers, is_correct, load_tasks, wilson_interval
+
+THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
+CHUNK_LENGTHS = (1, 2, 4, 8, 16, 32)
+KV_POLICIES = ("freeze", "refresh")
+
+
+def list_arms() -> list[dict[str, Any]]:
+    """All arms, the most expensive first, so that workers finish together."""
+    arms: list[dict[str, Any]] = [
+        {"mode": "block", "threshold": threshold} for threshold in THRESHOLDS
+    ]
+    arms += [
+        {"mode": "chunk", "chunk_length": c, "kv_policy": policy, "threshold": threshold}
+        for c in reversed(CHUNK_LENGTHS)
+        for policy in KV_POLICIES
+        for threshold in THRESHOLDS
+    ]
+    return [*arms, {"mode": "ar"}]
+
+
+def arm_name(arm: dict[str, Any]) -> str:
+    parts = [arm["mode"]]
+    if arm["mode"] == "chunk":
+        parts += [f"c={arm['chunk_length']}", arm["kv_policy"]]
+    if "threshold" in arm:
+        parts.append(f"t={arm['threshold']}")
+    return " ".join(parts)
+
+
+def run_arm(job: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """Decodes all prompts in one arm; returns its figures and one 0/1 per prompt."""
+    arm, settings = job
+    tasks = load_tasks(settings["tasks"], settings["num_prompts"])
+    options: dict[str, Any] = {"decode_mode": arm["mode"], "chunk_length": arm.get("chunk_length")}
+    if "kv_policy" in arm:
+        options["kv_policy"] = arm["kv_policy"]
+    llm = optimus.LLM(
+        settings["model"], dtype=settings["dtype"], num_threads=1,
+        max_num_seqs=settings["concurrency"], enable_prefix_cache=False, **options,
+    )  # fmt: skip
+    params = optimus.SamplingParams(
+        temperature=0.0,
+        confidence_threshold=arm.get("threshold"),
+        max_tokens=settings["max_tokens"],
+    )
+    start = time.perf_counter()
+    outputs = generate_answers(llm, tasks, params)
+    seconds = time.perf_counter() - start
+    correct = [is_correct(output, task) for output, task in zip(outputs, tasks, strict=True)]
+    families: dict[str, list[bool]] = {}
+    for task, result in zip(tasks, correct, strict=True):
+        families.setdefault(task.family, []).append(result)
+    num_tokens = sum(o.metrics.num_output_tokens for o in outputs)
+    rows = sum(o.metrics.decode_rows for o in outputs)
+    return {
+        **arm,
+        "name": arm_name(arm),
+        "num_prompts": len(tasks),
+        "exact_match": sum(correct) / len(correct),
+        "interval_95": wilson_interval(sum(correct), len(correct)),
+        "families": {name: sum(r) / len(r) for name, r in sorted(families.items())},
+        "num_tokens": num_tokens,
+        "tokens_per_forward": num_tokens / sum(o.metrics.nfe for o in outputs),
+        "rows_per_token": rows / num_tokens,
+        "seconds": seconds,
+        "correct": "".join("1" if c else "0" for c in correct),
+    }
+
+
+def paired_difference(a: str, b: str) -> tuple[float, float]:
+    """Mean of b - a over paired prompts and the half width of its 95% interval, in points."""
+    differences = [int(y) - int(x) for x, y in zip(a, b, strict=True)]
+    n = len(differences)
+    mean = sum(differences) / n
+    variance = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
+    return 100 * mean, 100 * 1.96 * math.sqrt(variance / n)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result file, with each arm's paired difference from block decoding."""
+    arms = {arm["name"]: arm for arm in result["arms"]}
+    lines = [
+        "| mode | KV | threshold | exact match, % (95%) | vs block, points | tokens per forward "
+        "| rows per token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in sorted(result["arms"], key=_table_order):
+        low, high = arm["interval_95"]
+        block = arms.get(f"block t={arm.get('threshold', 0.9)}")
+        difference = "" if block is None or block is arm else "{:+.1f} ± {:.1f}".format(
+            *paired_difference(block["correct"], arm["correct"])
+        )  # fmt: skip
+        mode = arm["mode"] + (f" {arm['chunk_length']}" if arm["mode"] == "chunk" else "")
+        lines.append(
+            f"| {mode} | {arm.get('kv_policy', '')} | {arm.get('threshold', '')} "
+            f"| {100 * arm['exact_match']:.1f} ({100 * low:.1f} to {100 * high:.1f}) "
+            f"| {difference} | {arm['tokens_per_forward']:.2f} | {arm['rows_per_token']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _table_order(arm: dict[str, Any]) -> tuple[Any, ...]:
+    modes = ("ar", "block", "chunk")
+    return (
+        modes.index(arm["mode"]), arm.get("chunk_length", 0), arm.get("kv_policy", ""),
+        arm.get("threshold", 0),
+    )  # fmt: skip
+
+
+def write(path: Path, settings: dict[str, Any], arms: list[dict[str, Any]]) -> None:
+    result = {
+        "benchmark": "accuracy_table",
+        "commit": git_commit(),
+        "machine": machine(),
+        "arguments": settings,
+        "arms": sorted(arms, key=_table_order),
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file, continued if there")
+    parser.add_argument("--model", default=None, help="checkpoint; default: the demo model")
+    parser.add_argument("--tasks", default=None, help="JSONL of tasks; default: the held-out set")
+    parser.add_argument("--num-prompts", type=int, default=None)
+    parser.add_argument("--max-tokens", type=int, default=768)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--only", default="", help="run arms whose name contains this")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no arm after this")
+    parser.add_argument("--markdown", action="store_true", help="print the table of --output")
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(json.loads(arguments.output.read_text())))
+        return
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("model", "tasks", "num_prompts", "max_tokens", "concurrency", "dtype")
+    }
+    done: list[dict[str, Any]] = []
+    if arguments.output.exists():
+        done = json.loads(arguments.output.read_text())["arms"]
+    names = {arm["name"] for arm in done}
+    jobs = [
+        (arm, settings)
+        for arm in list_arms()
+        if arm_name(arm) not in names and arguments.only in arm_name(arm)
+    ]
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        for arm in pool.imap_unordered(run_arm, jobs):
+            done.append(arm)
+            write(arguments.output, settings, done)
+            print(
+                f"{time.perf_counter() - start:7.1f} s  {arm['name']:28s} "
+                f"{100 * arm['exact_match']:5.1f}%  {arm['tokens_per_forward']:.2f} tokens/forward "
+                f"{arm['rows_per_token']:.2f} rows/token",
+                flush=True,
+            )
+            if time.perf_counter() - start > arguments.seconds:
+                print("time is up; run again to continue", file=sys.stderr)
+                pool.terminate()
+                break
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+// One call of unmask with all its arrays, for the tests of its candidates, sampling and strategies.
+#pragma once
+
+#include "kernels/cpu/kernels.h"
+#include "kernels/decode_state.h"
+
+namespace optimus::testing {
+
+struct UnmaskCall {
+  UnmaskCall(DType dtype, int num_slots, int block_length, int vocab_size)
+      : state(num_slots, block_length),
+        logits(dtype, 0),
+        num_fresh(num_slots, kPoison),
+        num_masked(num_slots, kPoison),
+        vocab_size(vocab_size) {}
+
+  // Appends the rows of one slot's masks at `offsets`; their logits are set with set_logits.
+  void add_rows(int slot, const std::vector<int>& offsets) {
+    for (int offset : offsets) {
+      logit_slots.push_back(slot);
+      logit_offsets.push_back(offset);
+    }
+  }
+  int num_rows() const { return static_cast<int>(logit_slots.size()); }
+
+  // `values`: [rows, vocab_size].
+  void set_logits(const std::vector<float>& values) {
+    ASSERT_EQ(values.size(), static_cast<size_t>(num_rows()) * vocab_size);
+    logits = Tensor(logits.dtype(), values.size());
+    for (size_t i = 0; i < values.size(); ++i) logits.set(i, values[i]);
+  }
+  void set_random_logits(Rng& rng, float scale) {
+    logits = random_tensor(rng, logits.dtype(), static_cast<size_t>(num_rows()) * vocab_size, scale);
+  }
+  float logit(int row, int token) const {
+    return logits.get(static_cast<size_t>(row) * vocab_size + token);
+  }
+
+  void run(ThreadPool& pool) {
+    const size_t rows = num_rows() + 1;  // one guard entry behind each
+    token_ids.assign(rows, kPoison);
+    confidence.assign(rows, kPoison);
+    logprob.assign(rows, kPoison);
+    entropy.assign(rows, kPoison);
+    committed.assign(rows, kPoisonByte);
+    cpu::unmask({logits.data(), logit_slots.data(), logit_offsets.data(), state.view(),
+                 Candidates{token_ids.data(), confidence.data(), logprob.data(), entropy.data(),
+                            committed.data()},
+                 num_fresh.data(), num_masked.data(), num_rows(), vocab_size, RowMode::chunk,
+                 logits.dtype()},
+                pool);
+    EXPECT_TRUE(logits.guards_intact());
+    EXPECT_EQ(token_ids.back(), kPoison);
+    EXPECT_EQ(confidence.back(), kPoison);
+    EXPECT_EQ(logprob.back(), kPoison);
+    EXPECT_EQ(entropy.back(), kPoison);
+    EXPECT_EQ(committed.back(), kPoisonByte);
+  }
+  void run() {
+    static ThreadPool pool(1);
+    run(pool);
+  }
+
+  static constexpr int kPoison = -77;
+  static constexpr uint8_t kPoisonByte = 0xa5;
+  DecodeStateArrays state;
+  Tensor logits;
+  std::vector<int32_t> logit_slots, logit_offsets;
+  std::vector<int32_t> token_ids;
+  std::vector<float> confidence, logprob, entropy;
+  std::vector<uint8_t> committed;
+  std::vector<int32_t> num_fresh, num_masked;
+  int vocab_size;
+};
+
+inline std::vector<int> iota(int count) {
+  std::vector<int> values(count);
+  std::iota(values.begin(), values.end(), 0);
+  return values;
+}
+
+}  // namespace optimus::testing

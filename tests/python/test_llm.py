@@ -1,0 +1,350 @@
+"""LLM: generate, chat, stream, parameters, results, lifecycle."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import make_checkpoint
+from optimus import LLM, SamplingParams
+from optimus.events import MASK_GLYPH, BlockEvent, DenoiseEvent, snapshot_pieces
+
+PROMPTS = ["hello", "the thin man", "a", "in the beginning there was nothing but é 你好"]
+SHORT = SamplingParams(max_tokens=20)
+MODES: list[dict[str, Any]] = [
+    {"decode_mode": "ar"},
+    {"decode_mode": "block"},
+    {"decode_mode": "chunk", "chunk_length": 3},
+    {"decode_mode": "elastic"},
+]
+PROFILE = [(1, 1.0), (32, 1.1), (64, 2.0), (256, 8.0)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    return make_checkpoint(path, tokenizer=True, max_position_embeddings=128)
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Path) -> LLM:
+    return LLM(
+        checkpoint,
+        decode_mode="block",
+        max_num_seqs=4,
+        max_num_batched_rows=64,
+        num_threads=1,
+        latency_profile=PROFILE,
+    )
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing of any request is left in the engine."""
+    assert not llm.engine.has_unfinished()
+    engine = llm.engine
+    assert engine.num_free_pages + engine.num_cached_pages == engine.config.num_pages
+    assert not llm._tracker._live
+
+
+def texts(outputs: list[Any]) -> list[str]:
+    return [o.outputs[0].text for o in outputs]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m["decode_mode"])
+def test_generate_returns_outputs_in_order(llm: LLM, mode: dict[str, Any]) -> None:
+    llm = llm.with_options(**mode)
+    outputs = llm.generate(PROMPTS, SHORT)
+    assert [o.prompt for o in outputs] == PROMPTS
+    assert llm.tokenizer is not None
+    for output in outputs:
+        assert output.prompt_token_ids == llm.tokenizer.encode(output.prompt)
+        [completion] = output.outputs
+        n = len(completion.token_ids)
+        assert n == 20 or completion.finish_reason == "stop"
+        assert len(completion.confidences) == len(completion.steps) == n
+        assert all(0 < c <= 1 for c in completion.confidences)
+        assert min(completion.steps) >= 1 and max(completion.steps) <= output.metrics.nfe
+        body = completion.token_ids
+        assert completion.text == llm.tokenizer.decode(body)
+        metrics = output.metrics
+        assert metrics.num_output_tokens == n
+        assert metrics.tokens_per_forward == n / metrics.nfe
+        assert metrics.rows_per_token == metrics.decode_rows / n
+        assert sum(metrics.chunk_histogram.values()) == metrics.nfe
+        assert metrics.time_to_first_token is not None
+        assert 0 < metrics.time_to_first_token <= metrics.latency
+    assert_idle(llm)
+
+
+def test_one_string_and_token_ids_give_lists_of_one(llm: LLM) -> None:
+    assert llm.tokenizer is not None
+    ids = llm.tokenizer.encode("hello")
+    by_text = llm.generate("hello", SHORT)
+    for outputs in (
+        llm.generate(ids, SHORT),
+        llm.generate(prompt_token_ids=ids, sampling_params=SHORT),
+        llm.generate(prompt_token_ids=[ids], sampling_params=SHORT),
+    ):
+        assert len(outputs) == len(by_text) == 1
+        assert outputs[0].prompt is None
+        assert outputs[0].outputs[0].token_ids == by_text[0].outputs[0].token_ids
+    assert llm.generate([]) == []
+
+
+def test_params_per_prompt(llm: LLM) -> None:
+    outputs = llm.generate(
+        PROMPTS[:2], [SamplingParams(max_tokens=3), SamplingParams(max_tokens=9, logprobs=True)]
+    )
+    first, second = (o.outputs[0] for o in outputs)
+    assert (len(first.token_ids), first.logprobs) == (3, None)
+    assert len(second.token_ids) == 9 and second.logprobs is not None
+    assert len(second.logprobs) == 9 and all(p <= 0 for p in second.logprobs)
+    with pytest.raises(ValueError, match="2 prompts but 1 sampling_params"):
+        llm.generate(PROMPTS[:2], [SHORT])
+
+
+def test_seed_reproduces_and_default_seed_varies(llm: LLM) -> None:
+    def sample(seed: int | None, count: int = 1) -> list[str]:
+        params = SamplingParams(max_tokens=16, temperature=1.5, seed=seed)
+        return texts(llm.generate(["hello"] * count, params))
+
+    assert sample(7) == sample(7) == sample(7, 3)[2:]
+    assert sample(7) != sample(8)
+    assert len(set(sample(None, 4))) > 1
+
+
+def test_llm_seed_reproduces_unseeded_requests(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=16, temperature=1.5)
+    first, second, other = (
+        texts(llm.with_options(seed=s).generate(PROMPTS, params)) for s in (3, 3, 4)
+    )
+    assert first == second != other
+
+
+def test_generation_config_supplies_defaults(tmp_path: Path) -> None:
+    make_checkpoint(
+        tmp_path,
+        tokenizer=True,
+        generation_config={"temperature": 0.7, "top_k": 5, "confidence_threshold": 0.5},
+    )
+    llm = LLM(tmp_path, decode_mode="block")
+    native = SamplingParams().to_native(llm.checkpoint.generation, 1)
+    assert (round(native.temperature, 6), native.top_k) == (0.7, 5)
+    assert native.confidence_threshold == 0.5
+    native = SamplingParams(temperature=0, top_k=-1).to_native(llm.checkpoint.generation, 1)
+    assert (native.temperature, native.top_k, native.top_p) == (0, 0, 1)
+
+
+def test_stop_string_across_token_borders(llm: LLM) -> None:
+    """Any substring of an output ends it, wherever the tokens split."""
+    free = llm.generate("hello", SHORT)[0].outputs[0]
+    assert free.text is not None and len(free.text) > 6
+    for start in range(len(free.text) - 3):
+        stop = free.text[start : start + 3]
+        if "\ufffd" in stop:
+            continue
+        got = llm.generate("hello", SamplingParams(max_tokens=20, stop=["@@@@", stop]))[0]
+        completion = got.outputs[0]
+        assert completion.text == free.text[: free.text.index(stop)]
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+        n = len(completion.token_ids)
+        assert completion.token_ids == free.token_ids[:n]
+        assert llm.tokenizer is not None
+        assert stop in llm.tokenizer.decode(completion.token_ids)
+        assert stop not in llm.tokenizer.decode(completion.token_ids[:-1])
+        assert len(completion.steps) == len(completion.confidences) == n
+    assert_idle(llm)
+
+
+def test_stop_token_id_and_ignore_eos(llm: LLM, checkpoint: Path, tmp_path: Path) -> None:
+    free = llm.generate("hello", SHORT)[0].outputs[0]
+    token = free.token_ids[6]
+    cut = free.token_ids.index(token) + 1
+    stopped = llm.generate("hello", SamplingParams(max_tokens=20, stop_token_ids=[token]))[0]
+    completion = stopped.outputs[0]
+    assert completion.token_ids == free.token_ids[:cut]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", token)
+    assert llm.tokenizer is not None
+    assert completion.text == llm.tokenizer.decode(free.token_ids[: cut - 1])
+
+    config = {"eos_token_id": [token]}
+    make_checkpoint(tmp_path, tokenizer=True, max_position_embeddings=128, config_overrides=config)
+    with_eos = LLM(tmp_path, decode_mode="block")
+    completion = with_eos.generate("hello", SHORT)[0].outputs[0]
+    assert completion.token_ids == free.token_ids[:cut]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", None)
+    ignoring = SamplingParams(max_tokens=20, ignore_eos=True)
+    assert len(with_eos.generate("hello", ignoring)[0].outputs[0].token_ids) == 20
+
+
+def test_outputs_end_at_the_context(llm: LLM) -> None:
+    output = llm.generate("hello", SamplingParams(ignore_eos=True))[0]
+    total = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
+    assert (total, output.outputs[0].finish_reason) == (128, "length")
+
+
+def test_chat_is_generate_of_the_rendered_prompt(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    rendered = llm.render_chat(messages)
+    assert rendered == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    single = llm.chat(messages, SHORT)
+    many = llm.chat([messages, messages], SHORT)
+    direct = llm.generate(rendered, SHORT)
+    assert len(single) == 1 and len(many) == 2
+    assert texts(single) == texts(direct) == texts(many)[1:]
+    assert single[0].prompt == rendered
+
+
+@pytest.mark.parametrize("mode", MODES[:3], ids=lambda m: m["decode_mode"])
+def test_streams_agree_with_generate(llm: LLM, mode: dict[str, Any]) -> None:
+    llm = llm.with_options(**mode)
+    for prompt in PROMPTS:
+        expected = llm.generate(prompt, SHORT)[0].outputs[0]
+        blocks = list(llm.stream(prompt, SHORT))
+        assert all(isinstance(e, BlockEvent) and e.output is None for e in blocks[:-1])
+        assert "".join(e.text for e in blocks) == expected.text
+        assert [t for e in blocks for t in e.token_ids] == expected.token_ids
+        assert blocks[-1].output is not None
+        assert blocks[-1].output.outputs[0] == expected
+
+        snapshots = [e for e in llm.stream(prompt, SHORT, mode="denoise")]
+        assert all(isinstance(e, DenoiseEvent) for e in snapshots)
+        check_snapshots(snapshots, expected.token_ids)  # type: ignore[arg-type]
+    assert_idle(llm)
+
+
+def check_snapshots(snapshots: list[DenoiseEvent], token_ids: list[int]) -> None:
+    assert snapshots[-1].token_ids == token_ids
+    seen: set[int] = set()
+    for event in snapshots:
+        for i, token in enumerate(event.token_ids[: len(token_ids)]):
+            assert (token is not None) == (i in seen or i in event.committed)
+            assert token is None or token == token_ids[i]
+        seen |= set(event.committed)
+        assert event.text is not None
+        assert event.text.count(MASK_GLYPH) == event.token_ids.count(None)
+    assert [e.step for e in snapshots] == sorted(e.step for e in snapshots)
+
+
+def test_stream_of_messages_with_a_stop_string(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    free = llm.chat(messages, SHORT)[0].outputs[0]
+    assert free.text is not None
+    stop = free.text[4:7]
+    params = SamplingParams(max_tokens=20, stop=stop)
+    events = list(llm.stream(messages, params))
+    assert "".join(e.text for e in events) == free.text[: free.text.index(stop)]  # type: ignore
+    assert events[-1].output is not None
+    assert events[-1].output.outputs[0].stop_reason == stop
+
+
+def test_streams_interleave_with_each_other_and_with_generate(llm: LLM) -> None:
+    expected = [llm.generate(p, SHORT)[0].outputs[0].text for p in PROMPTS[:3]]
+    first, second = (llm.stream(p, SHORT) for p in PROMPTS[:2])
+    got = ["", ""]
+    for _ in range(2):
+        got[0] += next(first).text or ""
+        got[1] += next(second).text or ""
+    assert texts(llm.generate(PROMPTS[2], SHORT)) == expected[2:]
+    got[1] += "".join(e.text or "" for e in second)
+    got[0] += "".join(e.text or "" for e in first)
+    assert got == expected[:2]
+    assert_idle(llm)
+
+
+def test_closing_a_stream_ends_its_request(llm: LLM) -> None:
+    events = llm.stream("hello", SHORT, mode="denoise")
+    next(events)
+    assert llm.engine.has_unfinished()
+    events.close()  # type: ignore[attr-defined]
+    assert_idle(llm)
+
+
+def test_interrupt_in_the_middle_leaves_the_llm_usable(llm: LLM) -> None:
+    expected = texts(llm.generate(PROMPTS, SHORT))
+    other = llm.stream("hello", SHORT)
+    begun = next(other).text
+    steps = 0
+
+    def interrupt(record: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    llm.on_step = interrupt
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS * 3, SHORT)
+    finally:
+        llm.on_step = None
+    # The stream that was running meanwhile lost nothing.
+    assert begun + "".join(e.text or "" for e in other) == expected[0]
+    assert_idle(llm)
+    assert texts(llm.generate(PROMPTS, SHORT)) == expected
+
+
+def test_with_options_shares_weights(llm: LLM) -> None:
+    other = llm.with_options(decode_mode="chunk", chunk_length=2, max_num_seqs=2)
+    assert other._model is llm._model and other.engine is not llm.engine
+    assert other.latency_profile == PROFILE
+    assert llm.options.decode_mode == "block"
+    assert other.with_options(decode_mode="ar").options.chunk_length is None
+    with pytest.raises(TypeError, match="chunk_size"):
+        llm.with_options(chunk_size=2)
+
+
+def test_profile_is_measured_where_it_is_needed(llm: LLM) -> None:
+    fresh = llm.with_options(decode_mode="elastic", max_num_batched_rows=32)
+    assert fresh.latency_profile is not None
+    assert [rows for rows, _ in fresh.latency_profile][-1] == 32
+    assert all(ms > 0 for _, ms in fresh.latency_profile)
+    assert llm.with_options(max_num_batched_rows=32).latency_profile is None
+
+
+def test_without_a_tokenizer_ids_go_in_and_out(tmp_path: Path) -> None:
+    llm = LLM(make_checkpoint(tmp_path), decode_mode="block")
+    output = llm.generate([[1, 2, 3], [4]], SHORT)[1].outputs[0]
+    assert output.text is None and len(output.token_ids) == 20
+    events = list(llm.stream([1, 2, 3], SHORT, mode="denoise"))
+    assert events[0].text is None and len(events[-1].token_ids) == 20
+    for call in (
+        lambda: llm.generate("text"),
+        lambda: llm.chat([{"role": "user", "content": "text"}]),
+        lambda: llm.generate([1], SamplingParams(stop="x")),
+    ):
+        with pytest.raises(ValueError, match=r"needs a tokenizer.*pass token ids"):
+            call()
+
+
+def test_bfloat16_and_options_reach_the_engine(checkpoint: Path) -> None:
+    llm = LLM(
+        checkpoint, dtype="bfloat16", decode_mode="block", kv_cache_memory="64KiB",
+        max_model_len=64, page_size=8, num_threads=1,
+    )  # fmt: skip
+    config = llm.engine.config
+    page_bytes = 2 * 2 * 2 * 8 * 16 * 2  # K and V, layers, heads, tokens, head_dim, bytes
+    assert config.num_pages == 64 * 1024 // page_bytes
+    assert (config.max_model_len, config.page_size, config.num_threads) == (64, 8, 1)
+    assert llm.memory["kv_cache"] == config.num_pages * page_bytes
+    assert len(llm.generate("hello", SHORT)[0].outputs[0].token_ids) == 20
+
+
+def test_snapshot_pieces(llm: LLM) -> None:
+    assert llm.tokenizer is not None
+    ids: list[int | None] = [*llm.tokenizer.encode("é1")]
+    pieces = snapshot_pieces(llm.tokenizer, [*ids, None, *ids], {0, 1})
+    assert pieces == [("é", "fresh"), ("1", "known"), (MASK_GLYPH, "mask"), ("é1", "known")]
+    # Half a character is shown with the token that completes it.
+    assert snapshot_pieces(llm.tokenizer, ids, {0}) == [("é1", "known")]
+
+
+def test_outputs_are_plain_data(llm: LLM) -> None:
+    output = llm.generate("hello", SHORT)[0]
+    assert output.to_dict()["outputs"][0]["token_ids"] == output.outputs[0].token_ids
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        output.request_id = 3  # type: ignore[misc]
