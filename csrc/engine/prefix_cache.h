@@ -1,7 +1,7 @@
 // Full KV pages by content, so that a request whose prompt starts like an earlier one skips that
 // part.
 //
-// A page is keyed by the chain of pages before it and its own tokens (compared, not only hashed).
+// A page is keyed by the chain of pages before it and its tokens (compared, not only hashed).
 // The cache holds one reference to each of its pages; a page that nobody else holds is evictable,
 // children before parents, least recently used first (in use until its last holder releases it).
 // Only pages whose KV is clean (computed from real tokens in a clean context) may be registered: a

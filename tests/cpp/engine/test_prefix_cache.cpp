@@ -54,15 +54,20 @@ TEST(PrefixCache, HitsFullPagesOfTheSamePrefixOnly) {
   EXPECT_EQ(cache.num_hit_tokens(), 4 + 2);
 }
 
-TEST(PrefixCache, RoundsMatchesDownToAlignment) {
+TEST(PrefixCache, KeysPagesByTheirWholeBlock) {
   PagePool pool(8);
   PrefixCache cache(pool, 2, 4, true);
   const auto pages = fill(pool, cache, 2, {1, 2, 3, 4, 5, 6});
   const auto hit = match(cache, {1, 2, 3, 4, 5, 6});
   EXPECT_EQ(hit.num_tokens, 4);
   EXPECT_EQ(hit.pages.size(), 2u);
-  EXPECT_EQ(pool.ref_count(pages[2]), 2) << "a page rounded away must not be retained";
+  EXPECT_EQ(pool.ref_count(pages[2]), 1) << "half a block must not be cached";
   EXPECT_TRUE(match(cache, {1, 2, 9, 9}).pages.empty());
+
+  // Same first page, other block: KV of its positions saw other neighbours, so it is another page.
+  const auto others = fill(pool, cache, 2, {1, 2, 9, 9});
+  EXPECT_EQ(match(cache, {1, 2, 9, 9}).pages, others);
+  EXPECT_EQ(match(cache, {1, 2, 3, 4}).pages, (std::vector<int32_t>{pages[0], pages[1]}));
 
   PagePool other_pool(4);
   PrefixCache two_blocks_a_page(other_pool, 4, 2, true);

@@ -63,8 +63,21 @@ class RandomTraffic {
   };
 
   int below(int n) { return static_cast<int>(random_() % static_cast<uint32_t>(n)); }
+  // What the last of `num_pages` pages stands for: page after page, the tokens of its whole block,
+  // whose missing end (-1) matches nothing.
   Tokens prefix(const Tokens& tokens, int num_pages) const {
-    return Tokens(tokens.begin(), tokens.begin() + num_pages * page_size_);
+    const int unit = std::max(page_size_, alignment_);
+    Tokens key;
+    for (int page = 0; page < num_pages; ++page) {
+      const size_t begin = page * page_size_ / unit * unit;
+      for (size_t i = begin; i < begin + unit; ++i) {
+        key.push_back(i < tokens.size() ? tokens[i] : -1);
+      }
+    }
+    return key;
+  }
+  int whole_blocks(int num_pages) const {
+    return num_pages - num_pages % std::max(1, alignment_ / page_size_);
   }
 
   static bool starts_with(const Tokens& tokens, const Tokens& start) {
@@ -98,11 +111,11 @@ class RandomTraffic {
     }
     const int num_queried = num_pages * page_size_ - below(page_size_ + 1);
     int expected = 0;
-    while ((expected + 1) * page_size_ <= num_queried &&
+    while (expected < whole_blocks(num_queried / page_size_) &&
            nodes_.count(prefix(sequence.tokens, expected + 1))) {
       ++expected;
     }
-    while (expected * page_size_ % alignment_ != 0) --expected;
+    expected = whole_blocks(expected);
 
     const auto hit = cache_.match(sequence.tokens.data(), num_queried);
     ASSERT_EQ(hit.num_tokens, expected * page_size_);
@@ -135,11 +148,11 @@ class RandomTraffic {
     const int from = sequence.num_registered;
     const int to = from + below(static_cast<int>(sequence.pages.size()) - from + 1);
     cache_.insert(sequence.tokens.data(), sequence.pages, from, to);
-    sequence.num_registered = to;
-    if (from == to) return;
+    if (whole_blocks(to) <= from) return;
+    sequence.num_registered = whole_blocks(to);
     ++clock_;
     const bool on_chain = from > 0 && is_cached(sequence.pages[from - 1]);
-    for (int i = on_chain ? from : 0; i < to; ++i) {
+    for (int i = on_chain ? from : 0; i < sequence.num_registered; ++i) {
       const auto [node, is_new] =
           nodes_.try_emplace(prefix(sequence.tokens, i + 1), Node{sequence.pages[i], clock_});
       node->second.last_used = clock_;

@@ -208,6 +208,8 @@ std::set<int> allowed_tokens(const UnmaskCall& call, int row) {
   return allowed;
 }
 
+using Filters = std::vector<std::pair<int, float>>;  // top_k, top_p
+
 void set_sampling(DecodeStateArrays& state, float temperature, int top_k, float top_p,
                   uint64_t seed) {
   state.temperature[0] = temperature;
@@ -259,7 +261,7 @@ std::map<int, int> draw(UnmaskCall& call, int num_draws, char vary) {
 
 TEST(Sampling, FrequenciesMatchProbabilities) {
   for (char vary : {'s', 'p', 'd'}) {
-    for (auto [top_k, top_p] : {std::pair(0, 1.0f), {4, 1.0f}, {0, 0.7f}, {5, 0.9f}}) {
+    for (auto [top_k, top_p] : Filters{{0, 1.0f}, {4, 1.0f}, {0, 0.7f}, {5, 0.9f}}) {
       UnmaskCall call(DType::float32, 1, 1, 8);
       call.add_rows(0, {0});
       call.set_logits({0.3f, -1.0f, 1.2f, 0.0f, 0.9f, -0.4f, 0.5f, 1.0f});
@@ -294,7 +296,7 @@ TEST(Sampling, TokensTiedAtTheBorderAllPass) {
 
 TEST(Sampling, TopKOfOneAndTinyTopPAreGreedy) {
   Rng rng(8);
-  for (auto [top_k, top_p] : {std::pair(1, 1.0f), {0, 1e-6f}}) {
+  for (auto [top_k, top_p] : Filters{{1, 1.0f}, {0, 1e-6f}}) {
     UnmaskCall call(DType::float32, 1, 32, 100);
     call.add_rows(0, iota(32));
     call.set_random_logits(rng, 1.0f);
