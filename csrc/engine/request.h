@@ -80,7 +80,8 @@ struct Request {
   }
 };
 
-// What changed for one request in one step.
+// What changed for one request in one step. Commits below num_known are final. With freeze or auto
+// KV and in elastic mode a preemption takes back those above it: their index is committed again.
 struct Commit {
   int32_t output_idx;
   OutputToken token;

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from engine_testing import Finished, engine_model, generate, make_engine, sampling_params
+from optimus import _C
 from oracle_models import fresh_seed, random_oracle
 from reference_decoding import STRATEGIES, DecodeParams
-
-from optimus import _C
 
 VOCAB_SIZE = 64
 BLOCK_LENGTH = 8

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3ForCausalLM
+
 from checkpoints import make_checkpoint
 from engine_testing import (
     Finished,
@@ -20,6 +22,7 @@ from engine_testing import (
     make_engine,
     sampling_params,
 )
+from optimus import LLM, SamplingParams
 from oracle_models import fresh_seed, random_oracle
 from reference_decoding import (
     STRATEGIES,
@@ -32,9 +35,6 @@ from reference_decoding import (
     gumbel_noise,
     transformers_forward,
 )
-from transformers import Qwen3ForCausalLM
-
-from optimus import LLM, SamplingParams
 
 # A decision closer than this may fall differently in two correct implementations.
 TIE = 1e-5

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from engine_testing import engine_model, make_engine
 from oracle_models import fresh_seed, random_oracle
 from reference_decoding import (

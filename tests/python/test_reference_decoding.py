@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+
 from oracle_models import fresh_seed, random_oracle
 from reference_decoding import (
     STRATEGIES,

@@ -8,14 +8,14 @@ from functools import cache
 from typing import Any
 
 import pytest
-from engine_testing import engine_model, make_engine, run_until_done, sampling_params
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine_testing import engine_model, make_engine, run_until_done, sampling_params
+from optimus import _C
 from oracle_models import random_oracle
 from reference_decoding import DecodeParams
-
-from optimus import _C
 
 VOCAB_SIZE = 40
 LONGEST_PROMPT, LONGEST_OUTPUT = 36, 24

@@ -73,7 +73,9 @@ void find_candidate(const UnmaskParams& p, int i, std::vector<float>& scratch) {
   float logit = to_float(logits[token]);
   p.out.token_ids[i] = token;
   p.out.logprob[i] = static_cast<float>(logit - plain.max - std::log(plain.sum));
-  p.out.confidence[i] = static_cast<float>(std::exp(double(logit) * scale - scaled.max) / scaled.sum);
+  // The fp32 product, as softmax_sums saw it: a confidence never exceeds 1.
+  float scaled_logit = logit * scale;
+  p.out.confidence[i] = static_cast<float>(std::exp(scaled_logit - scaled.max) / scaled.sum);
   p.out.entropy[i] = static_cast<float>(std::log(scaled.sum) - scaled.weighted_sum / scaled.sum);
 }
 
