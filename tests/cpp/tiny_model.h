@@ -39,10 +39,9 @@ inline std::vector<float> tiny_tensor(const std::string& name, const std::vector
   Rng rng(seed);
   for (char c : name) rng.seed(rng() ^ static_cast<unsigned char>(c));
   bool is_norm = shape.size() == 1, is_head = name == "lm_head.weight";
-  std::normal_distribution<float> normal(is_norm ? 1.0f : 0.0f,
-                                         is_norm   ? 0.1f
-                                         : is_head ? 0.8f
-                                                   : 0.3f);
+  std::normal_distribution<float> normal(is_norm ? 1.0f : 0.0f, is_norm   ? 0.1f
+                                                                : is_head ? 0.8f
+                                                                          : 0.3f);
   std::vector<float> values(num_elements(shape));
   for (float& value : values) value = normal(rng);
   return values;

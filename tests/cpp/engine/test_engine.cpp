@@ -1,6 +1,7 @@
-// The engine end to end on a tiny random model: every mode runs to completion, ar and block decoding
-// equal their obvious loops, block equals chunk with c = B recomputed, and a request's tokens depend
-// on nothing but the request: not on its batch, pages, budget, threads, cached prefixes, preemption.
+// The engine end to end on a tiny random model: every mode runs to completion, ar and block
+// decoding equal their obvious loops, block equals chunk with c = B recomputed, and a request's
+// tokens depend on nothing but the request: not on its batch, pages, budget, threads, cached
+// prefixes or preemption.
 #include "engine/tiny_engine.h"
 
 namespace optimus {
@@ -50,8 +51,8 @@ void expect_complete(const std::vector<Job>& jobs, const std::vector<Outcome>& o
 
 TEST(Engine, EveryModeAndPolicyRunsToCompletion) {
   std::vector<Job> jobs = tiny_jobs(1, 8);
-  for (DecodeMode mode : {DecodeMode::ar, DecodeMode::block, DecodeMode::chunk,
-                          DecodeMode::elastic}) {
+  for (DecodeMode mode :
+       {DecodeMode::ar, DecodeMode::block, DecodeMode::chunk, DecodeMode::elastic}) {
     for (KvPolicy policy : {KvPolicy::freeze, KvPolicy::refresh, KvPolicy::auto_}) {
       EngineConfig config = tiny_engine_config(mode, policy);
       SCOPED_TRACE(config_name(config));

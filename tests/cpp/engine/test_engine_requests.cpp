@@ -150,7 +150,8 @@ TEST(EngineRequests, BadArgumentsThrowAndChangeNothing) {
   rejects("got -1", [](Job& j) { j.prompt[0] = -1; });
   rejects("a prompt of 96 tokens leaves no room in max_model_len 96",
           [](Job& j) { j.prompt.resize(96); });
-  rejects("needs 9 pages of 8 tokens, the kv cache has 8", [](Job& j) { j.params.max_tokens = 56; });
+  rejects("needs 9 pages of 8 tokens, the kv cache has 8",
+          [](Job& j) { j.params.max_tokens = 56; });
   rejects("temperature must be >= 0, got -1", [](Job& j) { j.params.temperature = -1; });
   rejects("temperature must be >= 0, got nan", [&](Job& j) { j.params.temperature = nan; });
   rejects("top_k must be >= 0, got -2", [](Job& j) { j.params.top_k = -2; });

@@ -49,8 +49,8 @@ TEST(Scheduler, RandomLoadsKeepEveryRuleAndFinish) {
   Rng rng(1);
   int preemptions = 0;
   for (int trial = 0; trial < 240; ++trial) {
-    EngineConfig config = base_config(static_cast<DecodeMode>(trial % 4),
-                                      static_cast<KvPolicy>(trial / 4 % 3));
+    EngineConfig config =
+        base_config(static_cast<DecodeMode>(trial % 4), static_cast<KvPolicy>(trial / 4 % 3));
     config.page_size = 1 << random_int(rng, 1, 5);
     config.max_num_seqs = random_int(rng, 1, 8);
     config.max_num_batched_rows = 4 * config.grid() + random_int(rng, 0, 40);
@@ -291,8 +291,9 @@ TEST(EngineConfig, BadValuesThrowWithValues) {
           [](auto& c) { c.page_size = 12; });
   rejects("chunk_length must be between 1 and block_length 8, got 9",
           [](auto& c) { c.chunk_length = 9; });
-  rejects("chunk_arms must be between 1 and block_length 8, got 0",
-          [](auto& c) { c.chunk_arms = {2, 0}; });
+  rejects("chunk_arms must be between 1 and block_length 8, got 0", [](auto& c) {
+    c.chunk_arms = {2, 0};
+  });
   EngineConfig ar = base_config(DecodeMode::ar);
   ar.page_size = 5;  // the grid is 1: any page size
   ar.chunk_length = 99;

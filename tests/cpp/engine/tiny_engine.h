@@ -36,8 +36,9 @@ inline std::vector<Job> tiny_jobs(unsigned seed, int count) {
   Rng rng(seed);
   std::vector<Job> jobs;
   for (int i = 0; i < count; ++i) {
-    Job job{random_prompt(rng, i % 3 == 0 ? kBlock * random_int(rng, 1, 3) : random_int(rng, 1, 30)),
-            SamplingParams()};
+    Job job{
+        random_prompt(rng, i % 3 == 0 ? kBlock * random_int(rng, 1, 3) : random_int(rng, 1, 30)),
+        SamplingParams()};
     job.params.max_tokens = random_int(rng, 1, 40);
     job.params.confidence_threshold = 0.1f * random_int(rng, 2, 9);
     job.params.unmasking_strategy = static_cast<UnmaskingStrategy>(i % 4);

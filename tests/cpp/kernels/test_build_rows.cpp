@@ -66,7 +66,7 @@ std::vector<Row> expected_prefill(const Problem& problem, const Sequence& seq) {
   return rows;
 }
 
-// Which positions are fed: fresh ones of the previous block (refreshed: all of it, if any is fresh);
+// Which positions are fed: fresh ones of the previous block (refreshed: all of it if any is fresh);
 // of the current block everything, or its fresh ones and its first masks.
 std::set<int> fed_positions(const Problem& problem, const Sequence& seq,
                             const std::map<int, uint8_t>& status, int start) {
@@ -125,10 +125,11 @@ std::vector<Row> expected_ar(const Problem& problem, const Sequence& seq,
                              DecodeStateArrays& after) {
   int first = problem.state.first(seq.slot), next = problem.state.block_start[seq.slot];
   after.status[first] = kCached;
-  return {{problem.state.tokens[first], next - 1, next, kv_slot_of(problem, seq.slot, next - 1), 0}};
+  return {
+      {problem.state.tokens[first], next - 1, next, kv_slot_of(problem, seq.slot, next - 1), 0}};
 }
 
-// ------------------------------------------------------------------------------------ the op's call
+// ------------------------------------------------------------------------------------ the op
 
 struct Outputs {
   Outputs(int max_rows, int num_seqs, int stride)
@@ -138,8 +139,8 @@ struct Outputs {
         counts(3, kPoison) {}
 
   StepRows view() {
-    return {per_row[0].data(), per_row[1].data(),  per_row[2].data(), per_row[3].data(),
-            cu_seqlens.data(), page_table.data(),  per_row[4].data(), per_row[5].data(),
+    return {per_row[0].data(), per_row[1].data(), per_row[2].data(), per_row[3].data(),
+            cu_seqlens.data(), page_table.data(), per_row[4].data(), per_row[5].data(),
             per_row[6].data(), counts.data()};
   }
 
@@ -162,8 +163,8 @@ void run(Problem& problem, int max_rows, Outputs& out) {
   static ThreadPool pool(1);
   cpu::build_rows({problem.state.view(), slots.data(), chunk_lengths.data(), refresh.data(),
                    lens.data(), starts.data(), offsets.data(), tokens.data(), out.view(),
-                   static_cast<int>(problem.seqs.size()), max_rows, problem.page_size,
-                   kMaskTokenId, problem.prefill_causal, problem.mode},
+                   static_cast<int>(problem.seqs.size()), max_rows, problem.page_size, kMaskTokenId,
+                   problem.prefill_causal, problem.mode},
                   pool);
 }
 
@@ -182,8 +183,8 @@ Rows collect(const Problem& problem, const Outputs& out) {
         offset = out.per_row[6][logit_of[i]];
         EXPECT_EQ(out.per_row[5][logit_of[i]], problem.seqs[s].slot);
       }
-      rows[s].push_back({out.per_row[0][i], out.per_row[1][i], out.per_row[2][i],
-                         out.per_row[3][i], offset});
+      rows[s].push_back(
+          {out.per_row[0][i], out.per_row[1][i], out.per_row[2][i], out.per_row[3][i], offset});
     }
   }
   return rows;
@@ -252,8 +253,9 @@ void set_window(Rng& rng, Problem& problem, int slot, const std::vector<uint8_t>
   for (int i = 0; i < 2 * state.block_length; ++i) {
     bool known = is_known(state.status[state.first(slot) + i]);
     // A prompt may hold the mask token's id; that does not make it a mask.
-    state.tokens[state.first(slot) + i] =
-        !known ? -1 : random_int(rng, 0, 7) == 0 ? kMaskTokenId : random_int(rng, 0, 500);
+    state.tokens[state.first(slot) + i] = !known                       ? -1
+                                          : random_int(rng, 0, 7) == 0 ? kMaskTokenId
+                                                                       : random_int(rng, 0, 500);
   }
 }
 

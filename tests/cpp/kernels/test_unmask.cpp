@@ -101,7 +101,8 @@ void expect_window(const UnmaskCall& before, const UnmaskCall& after, int slot,
   EXPECT_EQ(after.state.block_start[slot], start);
   EXPECT_EQ(after.state.denoise_step[slot], step);
   EXPECT_EQ(after.num_fresh[slot], std::count(status.begin(), status.end(), kFresh));
-  EXPECT_EQ(after.num_masked[slot], std::count_if(status.begin() + length, status.end(), is_masked));
+  EXPECT_EQ(after.num_masked[slot],
+            std::count_if(status.begin() + length, status.end(), is_masked));
   for (int i = 0; i < 2 * length; ++i) {
     ASSERT_EQ(int{after.state.status[first + i]}, int{status[i]}) << "window entry " << i;
     ASSERT_EQ(after.state.tokens[first + i], tokens[i]) << "window entry " << i;

@@ -2,6 +2,7 @@
 // sampled token against a plain re-implementation of the noise of kernels/noise.h, against the
 // top-k/top-p sets, and against the probabilities it must have.
 #include <map>
+#include <tuple>
 
 #include "kernels/noise.h"
 #include "kernels/unmask_call.h"
@@ -51,16 +52,30 @@ void expect_values(const UnmaskCall& call, int row) {
   EXPECT_NEAR(call.entropy[row], scaled.entropy, 1e-4);
 }
 
-class UnmaskCandidates : public ::testing::TestWithParam<DType> {};
-INSTANTIATE_TEST_SUITE_P(DTypes, UnmaskCandidates,
-                         ::testing::Values(DType::float32, DType::bfloat16),
-                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+// Every instruction set of this machine (isa <= best) in both dtypes.
+class UnmaskCandidates : public ::testing::TestWithParam<std::tuple<int, DType>> {
+ protected:
+  void SetUp() override {
+    int isa = std::get<0>(GetParam());
+    if (isa > static_cast<int>(cpu::best_isa())) GTEST_SKIP() << "not on this machine";
+    cpu::set_active_isa(static_cast<cpu::Isa>(isa));
+  }
+  void TearDown() override { cpu::set_active_isa(cpu::best_isa()); }
+  DType dtype() const { return std::get<1>(GetParam()); }
+};
+INSTANTIATE_TEST_SUITE_P(Isas, UnmaskCandidates,
+                         ::testing::Combine(::testing::Values(0, 1, 2),
+                                            ::testing::Values(DType::float32, DType::bfloat16)),
+                         [](const auto& info) {
+                           return std::string(dtype_name(std::get<1>(info.param))) + "Isa" +
+                                  std::to_string(std::get<0>(info.param));
+                         });
 
 TEST_P(UnmaskCandidates, GreedyMatchesSoftmax) {
   Rng rng(1);
   for (int vocab : {1, 2, 7, 64, 2048}) {
     for (float scale : {0.1f, 1.0f, 20.0f}) {
-      UnmaskCall call(GetParam(), 2, 8, vocab);
+      UnmaskCall call(dtype(), 2, 8, vocab);
       call.add_rows(0, iota(8));
       call.add_rows(1, iota(3));
       call.set_random_logits(rng, scale);
@@ -76,7 +91,7 @@ TEST_P(UnmaskCandidates, GreedyMatchesSoftmax) {
 TEST_P(UnmaskCandidates, SampledMatchesScaledSoftmax) {
   Rng rng(2);
   for (float temperature : {0.3f, 1.0f, 2.5f}) {
-    UnmaskCall call(GetParam(), 1, 32, 100);
+    UnmaskCall call(dtype(), 1, 32, 100);
     call.add_rows(0, iota(32));
     call.set_random_logits(rng, 3.0f);
     call.state.temperature[0] = temperature;
@@ -89,7 +104,7 @@ TEST_P(UnmaskCandidates, SampledMatchesScaledSoftmax) {
 
 TEST_P(UnmaskCandidates, MinusInfinityHasNoProbability) {
   Rng rng(3);
-  UnmaskCall call(GetParam(), 1, 4, 50);
+  UnmaskCall call(dtype(), 1, 4, 50);
   call.add_rows(0, iota(3));
   std::vector<float> logits(150, -kInf);
   logits[17] = 2.0f;                                         // row 0: one token possible
@@ -117,7 +132,7 @@ TEST_P(UnmaskCandidates, MinusInfinityHasNoProbability) {
 TEST_P(UnmaskCandidates, ConfidenceIsAtMostOne) {
   Rng rng(9);
   for (float temperature : {0.0f, 1.0f, 0.3f, 0.07f, 0.01f, 0.001f}) {
-    UnmaskCall call(GetParam(), 1, 32, 16);
+    UnmaskCall call(dtype(), 1, 32, 16);
     call.add_rows(0, iota(32));
     call.set_random_logits(rng, 1.0f);
     for (int row = 0; row < 32; ++row) call.logits.set(row * 16 + row % 16, 30.1f + row);
@@ -132,7 +147,7 @@ TEST_P(UnmaskCandidates, ConfidenceIsAtMostOne) {
 }
 
 TEST_P(UnmaskCandidates, TiesGoToTheLowerToken) {
-  UnmaskCall call(GetParam(), 1, 1, 6);
+  UnmaskCall call(dtype(), 1, 1, 6);
   call.add_rows(0, {0});
   call.set_logits({1, 3, 2, 3, 3, 0});
   call.run();
@@ -141,7 +156,7 @@ TEST_P(UnmaskCandidates, TiesGoToTheLowerToken) {
 
 TEST_P(UnmaskCandidates, RowsDoNotDependOnBatchOrThreads) {
   Rng rng(4);
-  UnmaskCall batch(GetParam(), 4, 16, 333);
+  UnmaskCall batch(dtype(), 4, 16, 333);
   for (int slot : {2, 0, 3}) {
     batch.add_rows(slot, iota(random_int(rng, 1, 16)));
     batch.state.temperature[slot] = slot * 0.5f;
@@ -153,7 +168,7 @@ TEST_P(UnmaskCandidates, RowsDoNotDependOnBatchOrThreads) {
   ThreadPool pool(3);
   batch.run(pool);
   for (int row = 0; row < batch.num_rows(); ++row) {
-    UnmaskCall alone(GetParam(), 4, 16, 333);
+    UnmaskCall alone(dtype(), 4, 16, 333);
     alone.state = original.state;
     alone.add_rows(batch.logit_slots[row], {batch.logit_offsets[row]});
     std::vector<float> logits;
@@ -184,8 +199,8 @@ uint64_t mix(uint64_t z) {
 }
 float noise(uint64_t seed, int position, int step, int token) {
   uint64_t key = mix(mix(mix(seed) ^ uint64_t(position)) ^ uint64_t(step));
-  float u = static_cast<float>((static_cast<double>(mix(key ^ uint64_t(token)) >> 41) + 0.5) /
-                               (1 << 23));
+  float u =
+      static_cast<float>((static_cast<double>(mix(key ^ uint64_t(token)) >> 41) + 0.5) / (1 << 23));
   return -std::log(-std::log(u));
 }
 
@@ -252,7 +267,8 @@ TEST(Sampling, IsGumbelMaxOverTheAllowedSet) {
       int best = -1;
       float best_value = -kInf;
       for (int v : allowed_tokens(before, row)) {
-        float value = call.logit(row, v) * scale + noise(before.state.seed[0], start + row, step, v);
+        float value =
+            call.logit(row, v) * scale + noise(before.state.seed[0], start + row, step, v);
         if (value > best_value) best = v;
         best_value = std::max(best_value, value);
       }

@@ -30,7 +30,8 @@ struct UnmaskCall {
     for (size_t i = 0; i < values.size(); ++i) logits.set(i, values[i]);
   }
   void set_random_logits(Rng& rng, float scale) {
-    logits = random_tensor(rng, logits.dtype(), static_cast<size_t>(num_rows()) * vocab_size, scale);
+    logits =
+        random_tensor(rng, logits.dtype(), static_cast<size_t>(num_rows()) * vocab_size, scale);
   }
   float logit(int row, int token) const {
     return logits.get(static_cast<size_t>(row) * vocab_size + token);

@@ -60,12 +60,18 @@ TEST(Model, BadTensorsThrow) {
   auto load = [&](const char* name, std::vector<int64_t> shape) {
     model.load_tensor(name, shape, DType::float32, values.data());
   };
-  expect_invalid([&] { load("model.layers.2.mlp.up_proj.weight", {40, 32}); },
-                 "[load_tensor] unexpected tensor model.layers.2.mlp.up_proj.weight");
+  expect_invalid(
+      [&] {
+        load("model.layers.2.mlp.up_proj.weight", {40, 32});
+      },
+      "[load_tensor] unexpected tensor model.layers.2.mlp.up_proj.weight");
   expect_invalid([&] { load("model.norm.weight", {33}); },
                  "[load_tensor] model.norm.weight must have shape [32], got [33]");
-  expect_invalid([&] { load("model.layers.0.mlp.up_proj.weight", {32, 40}); },
-                 "must have shape [40, 32], got [32, 40]");
+  expect_invalid(
+      [&] {
+        load("model.layers.0.mlp.up_proj.weight", {32, 40});
+      },
+      "must have shape [40, 32], got [32, 40]");
   expect_invalid([&] { load("model.norm.weight", {}); }, "got []");
 }
 
@@ -92,8 +98,7 @@ TEST(Model, LoadingTwiceThrows) {
   load_tiny_tensors(model);
   model.finish_loading();
   expect_invalid([&] { load_tiny_tensors(model); }, "the model is loaded already");
-  expect_invalid([&] { model.finish_loading(); },
-                 "[finish_loading] the model is loaded already");
+  expect_invalid([&] { model.finish_loading(); }, "[finish_loading] the model is loaded already");
 }
 
 TEST(Model, BadConfigsThrowWithValues) {
@@ -203,7 +208,8 @@ TEST(Model, TensorsConvertToTheModelsDtype) {
   from_bf16.finish_loading();
   from_fp32.finish_loading();
   std::vector<int32_t> tokens = random_prompt(rng, 4);
-  Tensor a = run_forward(from_bf16, tokens, 4, {0}, 1), b = run_forward(from_fp32, tokens, 4, {0}, 1);
+  Tensor a = run_forward(from_bf16, tokens, 4, {0}, 1),
+         b = run_forward(from_fp32, tokens, 4, {0}, 1);
   expect_same_bits(a, 0, b, 0, a.size());
 }
 
