@@ -3,9 +3,12 @@
     python bench/accuracy_table.py --output bench/results/accuracy_cpu.json --workers 2
 
 Arms: `ar`; `block`; `chunk` c in {1, 2, 4, 8, 16, 32} with `freeze` and `refresh`; the block and
-chunk arms at each threshold. Every arm decodes the same prompts with the C++ engine; each worker
-process runs one arm at a time on one thread. Arms already in the output file are kept, so a run can
-be continued. `--markdown` prints the table of a finished file instead.
+chunk arms at each threshold, except c = 1, which commits its one candidate at any threshold. Every
+arm decodes the same prompts with the C++ engine. One engine decodes an arm at all its thresholds,
+a few prompts at a time, so that the later ones find the prompt's KV in the prefix cache (which
+changes no token: tests/python/test_batch_invariance.py). Each worker process runs on one thread.
+Arms already in the output file are kept, so a run can be continued. `--markdown` prints the table
+of a finished file instead.
 """
 
 from __future__ import annotations
@@ -14,79 +17,91 @@ import argparse
 import json
 import math
 import multiprocessing
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optimus
 from optimus.bench import git_commit, machine
-from optimus.evaluate import generate_answers, is_correct, load_tasks, wilson_interval
+from optimus.evaluate import Task, generate_answers, is_correct, load_tasks, wilson_interval
+from optimus.outputs import RequestOutput
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
 CHUNK_LENGTHS = (1, 2, 4, 8, 16, 32)
 KV_POLICIES = ("freeze", "refresh")
 
 
-def list_arms() -> list[dict[str, Any]]:
-    """All arms, the most expensive first, so that workers finish together."""
-    arms: list[dict[str, Any]] = [
-        {"mode": "block", "threshold": threshold} for threshold in THRESHOLDS
-    ]
-    arms += [
-        {"mode": "chunk", "chunk_length": c, "kv_policy": policy, "threshold": threshold}
+def list_groups() -> list[dict[str, Any]]:
+    """Engines to run, the most expensive first, each with its thresholds (None: any)."""
+    groups: list[dict[str, Any]] = [{"mode": "block", "thresholds": THRESHOLDS}]
+    groups += [
+        {
+            "mode": "chunk",
+            "chunk_length": c,
+            "kv_policy": policy,
+            "thresholds": THRESHOLDS if c > 1 else (None,),
+        }
         for c in reversed(CHUNK_LENGTHS)
         for policy in KV_POLICIES
-        for threshold in THRESHOLDS
     ]
-    return [*arms, {"mode": "ar"}]
+    return [*groups, {"mode": "ar", "thresholds": (None,)}]
 
 
-def arm_name(arm: dict[str, Any]) -> str:
-    parts = [arm["mode"]]
-    if arm["mode"] == "chunk":
-        parts += [f"c={arm['chunk_length']}", arm["kv_policy"]]
-    if "threshold" in arm:
-        parts.append(f"t={arm['threshold']}")
+def arm_name(group: dict[str, Any], threshold: float | None) -> str:
+    parts = [group["mode"]]
+    if group["mode"] == "chunk":
+        parts += [f"c={group['chunk_length']}", group["kv_policy"]]
+    if threshold is not None:
+        parts.append(f"t={threshold}")
     return " ".join(parts)
 
 
-def run_arm(job: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
-    """Decodes all prompts in one arm; returns its figures and one 0/1 per prompt."""
-    arm, settings = job
+def run_group(job: tuple[dict[str, Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Decodes all prompts at each threshold of a group; returns its arms."""
+    group, settings = job
     tasks = load_tasks(settings["tasks"], settings["num_prompts"])
-    options: dict[str, Any] = {"decode_mode": arm["mode"], "chunk_length": arm.get("chunk_length")}
-    if "kv_policy" in arm:
-        options["kv_policy"] = arm["kv_policy"]
+    options: dict[str, Any] = {k: group[k] for k in ("chunk_length", "kv_policy") if k in group}
     llm = optimus.LLM(
-        settings["model"], dtype=settings["dtype"], num_threads=1,
-        max_num_seqs=settings["concurrency"], enable_prefix_cache=False, **options,
+        settings["model"], dtype=settings["dtype"], num_threads=1, decode_mode=group["mode"],
+        max_num_seqs=settings["concurrency"], **options,
     )  # fmt: skip
-    params = optimus.SamplingParams(
-        temperature=0.0,
-        confidence_threshold=arm.get("threshold"),
-        max_tokens=settings["max_tokens"],
-    )
-    start = time.perf_counter()
-    outputs = generate_answers(llm, tasks, params)
-    seconds = time.perf_counter() - start
+    outputs: dict[float | None, list[RequestOutput]] = {t: [] for t in group["thresholds"]}
+    for begin in range(0, len(tasks), settings["concurrency"]):
+        part = tasks[begin : begin + settings["concurrency"]]
+        for threshold, done in outputs.items():
+            params = optimus.SamplingParams(
+                temperature=0.0, confidence_threshold=threshold, max_tokens=settings["max_tokens"]
+            )
+            done += generate_answers(llm, part, params)
+    return [summarise(group, threshold, tasks, done) for threshold, done in outputs.items()]
+
+
+def summarise(
+    group: dict[str, Any],
+    threshold: float | None,
+    tasks: Sequence[Task],
+    outputs: Sequence[RequestOutput],
+) -> dict[str, Any]:
+    """One arm's figures and one 0/1 per prompt."""
     correct = [is_correct(output, task) for output, task in zip(outputs, tasks, strict=True)]
     families: dict[str, list[bool]] = {}
     for task, result in zip(tasks, correct, strict=True):
         families.setdefault(task.family, []).append(result)
     num_tokens = sum(o.metrics.num_output_tokens for o in outputs)
-    rows = sum(o.metrics.decode_rows for o in outputs)
+    arm = {k: group[k] for k in ("mode", "chunk_length", "kv_policy") if k in group}
+    if threshold is not None:
+        arm["threshold"] = threshold
     return {
         **arm,
-        "name": arm_name(arm),
+        "name": arm_name(group, threshold),
         "num_prompts": len(tasks),
         "exact_match": sum(correct) / len(correct),
         "interval_95": wilson_interval(sum(correct), len(correct)),
         "families": {name: sum(r) / len(r) for name, r in sorted(families.items())},
         "num_tokens": num_tokens,
         "tokens_per_forward": num_tokens / sum(o.metrics.nfe for o in outputs),
-        "rows_per_token": rows / num_tokens,
-        "seconds": seconds,
+        "rows_per_token": sum(o.metrics.decode_rows for o in outputs) / num_tokens,
         "correct": "".join("1" if c else "0" for c in correct),
     }
 
@@ -100,8 +115,9 @@ def paired_difference(a: str, b: str) -> tuple[float, float]:
     return 100 * mean, 100 * 1.96 * math.sqrt(variance / n)
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table of a result file, with each arm's paired difference from block decoding."""
+def markdown(result: dict[str, Any], reference: float = 0.98) -> str:
+    """The table of a result file, with each arm's paired difference from block decoding at the
+    same threshold (arms without one: at `reference`)."""
     arms = {arm["name"]: arm for arm in result["arms"]}
     lines = [
         "| mode | KV | threshold | exact match, % (95%) | vs block, points | tokens per forward "
@@ -110,13 +126,13 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for arm in sorted(result["arms"], key=_table_order):
         low, high = arm["interval_95"]
-        block = arms.get(f"block t={arm.get('threshold', 0.9)}")
+        block = arms.get(f"block t={arm.get('threshold', reference)}")
         difference = "" if block is None or block is arm else "{:+.1f} ± {:.1f}".format(
             *paired_difference(block["correct"], arm["correct"])
         )  # fmt: skip
         mode = arm["mode"] + (f" {arm['chunk_length']}" if arm["mode"] == "chunk" else "")
         lines.append(
-            f"| {mode} | {arm.get('kv_policy', '')} | {arm.get('threshold', '')} "
+            f"| {mode} | {arm.get('kv_policy', '')} | {arm.get('threshold', 'any' if arm['mode'] == 'chunk' else '')} "
             f"| {100 * arm['exact_match']:.1f} ({100 * low:.1f} to {100 * high:.1f}) "
             f"| {difference} | {arm['tokens_per_forward']:.2f} | {arm['rows_per_token']:.2f} |"
         )
@@ -152,8 +168,6 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--only", default="", help="run arms whose name contains this")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no arm after this")
     parser.add_argument("--markdown", action="store_true", help="print the table of --output")
     arguments = parser.parse_args()
     if arguments.markdown:
@@ -168,25 +182,22 @@ def main() -> None:
         done = json.loads(arguments.output.read_text())["arms"]
     names = {arm["name"] for arm in done}
     jobs = [
-        (arm, settings)
-        for arm in list_arms()
-        if arm_name(arm) not in names and arguments.only in arm_name(arm)
+        (group, settings)
+        for group in list_groups()
+        if not names.issuperset(arm_name(group, t) for t in group["thresholds"])
     ]
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        for arm in pool.imap_unordered(run_arm, jobs):
-            done.append(arm)
+        for arms in pool.imap_unordered(run_group, jobs):
+            done += arms
             write(arguments.output, settings, done)
-            print(
-                f"{time.perf_counter() - start:7.1f} s  {arm['name']:28s} "
-                f"{100 * arm['exact_match']:5.1f}%  {arm['tokens_per_forward']:.2f} tokens/forward "
-                f"{arm['rows_per_token']:.2f} rows/token",
-                flush=True,
-            )
-            if time.perf_counter() - start > arguments.seconds:
-                print("time is up; run again to continue", file=sys.stderr)
-                pool.terminate()
-                break
+            for arm in arms:
+                print(
+                    f"{time.perf_counter() - start:7.1f} s  {arm['name']:28s} "
+                    f"{100 * arm['exact_match']:5.1f}%  {arm['tokens_per_forward']:.2f} "
+                    f"tokens/forward {arm['rows_per_token']:.2f} rows/token",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

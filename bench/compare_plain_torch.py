@@ -38,7 +38,9 @@ def load_plain_model(path: Path, dtype: torch.dtype) -> Qwen3ForCausalLM:
         fields.pop(name, None)
     config = Qwen3Config(**fields, attn_implementation="sdpa")
     model = Qwen3ForCausalLM(config).to(dtype).eval()
-    weights = {name: value.to(dtype) for name, value in load_file(path / "model.safetensors").items()}
+    weights = {
+        name: value.to(dtype) for name, value in load_file(path / "model.safetensors").items()
+    }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
@@ -86,7 +88,9 @@ class PlainBlockDecoder:
         return valid
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_tokens: int, threshold: float) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, threshold: float
+    ) -> list[list[int]]:
         block, batch = self.block_length, len(prompts)
         cache = DynamicCache()
         valid = self.prefill(prompts, cache)
@@ -145,7 +149,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         enable_prefix_cache=False, max_num_seqs=1,
     )  # fmt: skip
     checkpoint, tokenizer = llm.checkpoint, llm.tokenizer
-    assert tokenizer is not None and checkpoint.block_length and checkpoint.mask_token_id is not None
+    assert (
+        tokenizer is not None and checkpoint.block_length and checkpoint.mask_token_id is not None
+    )
     tasks = load_tasks(None, arguments.num_prompts)
     prompts = [
         tokenizer.encode(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from .checkpoint import load_weights
 from .model import DemoModel, ModelConfig
@@ -65,12 +66,15 @@ def main() -> None:
     source.add_argument("--weights", type=Path, help="run directory with trained weights")
     source.add_argument("--random", action="store_true", help="untrained weights")
     parser.add_argument("--threshold", type=float, default=0.98)
-    parser.add_argument("--heldout", type=int, default=3000, help="number of held-out prompts")
+    parser.add_argument("--tokenizer", type=Path, help="keep this tokenizer.json; else train one")
+    parser.add_argument("--heldout", type=int, default=1500, help="number of held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(args.seed)
+    tokenizer = (
+        Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else train_tokenizer(args.seed)
+    )
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise SystemExit(f"tokenizer has {tokenizer.get_vocab_size()} entries, not {VOCAB_SIZE}")
     save_tokenizer(tokenizer, args.output)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from .checkpoint import load_training, save_training
+from .checkpoint import load_training, load_weights, save_training
 from .data import PackedTasks, loader
 from .layout import IGNORE, visible
 from .model import DemoModel, ModelConfig
@@ -97,6 +97,8 @@ class Trainer:
         self.progress = {"step": 0, "seconds": 0.0, "tokens": 0, "loss_tokens": 0, "runs": 0}
         if args.resume and (args.resume / "progress.json").exists():
             self.progress = load_training(args.resume, self.model, self.optimizers)
+        if args.init:
+            self.model.load_state_dict({k: v.float() for k, v in load_weights(args.init).items()})
         self.progress["runs"] += 1
         self.mask_fn, self.loss_fn = dense_mask, losses
         if self.device.type == "cuda":
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="run directory")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
     parser.add_argument("--resume", type=Path, help="state directory to continue from, if any")
+    parser.add_argument("--init", type=Path, help="weights to begin a new schedule from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10**9, help="length of the schedule")
     parser.add_argument("--seconds", type=float, default=1e9, help="length of the schedule")

@@ -64,6 +64,24 @@ def draw(rng: random.Random, family: str, kinds: Kinds) -> Task:
     return Task(family, kind, prompt, answer)
 
 
+def rolling_digits(rng: random.Random, low: int, high: int) -> tuple[list[int], int, list[int]]:
+    """Inputs, factor and states of s -> (factor * s + input) mod 10 from s = 0.
+
+    The factors are invertible modulo 10, so every input matters for all that follows.
+    """
+    inputs = [rng.randint(0, 9) for _ in range(rng.randint(low, high))]
+    factor, state, states = rng.choice((3, 7, 9)), 0, []
+    for value in inputs:
+        state = (state * factor + value) % 10
+        states.append(state)
+    return inputs, factor, states
+
+
+def digits(values: list[int]) -> str:
+    """Single digits side by side."""
+    return "".join(map(str, values))
+
+
 def trace(label: str, values: list[int] | list[str]) -> str:
     """A chain of states, each computed from the one before, and the last one as the answer."""
     return f"{label}: {comma_list(values)}\nAnswer: {values[-1]}"

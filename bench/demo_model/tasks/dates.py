@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import calendar
 import datetime
+import itertools
 import random
 
 from .common import Kinds, Task, draw, plural, trace
@@ -156,10 +157,14 @@ def between(rng: random.Random) -> tuple[str, str]:
 
 def recurring(rng: random.Random) -> tuple[str, str]:
     """Something comes back every few days, but a weekend moves it, and all that follows."""
-    start, every = _random_day(rng), rng.randint(3, 40)
+    every, count = rng.randint(3, 20), rng.randint(8, 14)
+    # All within one year: nobody has to know whether the next one is a leap year.
+    latest = 365 - (every + 2) * count - 3
+    start = datetime.date(rng.randint(2001, 2039), 1, 1)
+    start += datetime.timedelta(days=rng.randint(0, latest))
     while start.weekday() > 4:
         start += datetime.timedelta(days=1)
-    count, what, text = rng.randint(10, 18), rng.choice(TITLES), _wording(rng, start)
+    what, text = rng.choice(TITLES), _wording(rng, start)
     ask = rng.choice(
         (
             f"A {what} takes place on {text}, a {WEEKDAYS[start.weekday()]}, and then always "
@@ -178,8 +183,28 @@ def recurring(rng: random.Random) -> tuple[str, str]:
     return ask, trace("Dates", states)
 
 
+def calls(rng: random.Random) -> tuple[str, str]:
+    """Every meeting names the day of the next one; told in mixed order."""
+    year = rng.choice((2023, 2025, 2026, 2027))
+    first = datetime.date(year, 1, 1)
+    days = [first + datetime.timedelta(days=d) for d in rng.sample(range(365), rng.randint(18, 30))]
+    names = [f"{d.day} {MONTHS[d.month - 1]}" for d in days]
+    links = [f"{a} names {b}" for a, b in itertools.pairwise(names)]
+    rng.shuffle(links)
+    text, what = ", ".join(links), rng.choice(TITLES)
+    ask = rng.choice(
+        (
+            f"At every {what} the day of another one is set: {text}. "
+            f"In which order do they follow if one starts with {names[0]}?",
+            f"Each {what} names a date: {text}. Begin on {names[0]} and follow the dates.",
+        )
+    )
+    return ask, f"Dates: {' '.join(names)}\nAnswer: {names[-1]}"
+
+
 KINDS: Kinds = {
-    "recurring": (6, recurring),
+    "calls": (15, calls),
+    "recurring": (2, recurring),
     "add_days": (1, add_days),
     "add_weeks": (1, add_weeks),
     "weekday": (1, weekday),

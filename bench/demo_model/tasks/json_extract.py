@@ -77,11 +77,12 @@ def person(rng: random.Random) -> tuple[str, str]:
 
 
 def order(rng: random.Random) -> tuple[str, str]:
-    """An order with a list of items, their cost and the total."""
+    """An order with a list of items, their cost, the running sum and the total."""
     name, city = rng.choice(NAMES), rng.choice(CITIES)
     goods = rng.sample(GOODS, rng.randint(2, 4))
     lines = [(g, rng.randint(2, 9), rng.randint(2, 19)) for g in goods]
     listed = join_and([f"{n} {g[1]} at {p} dollars each" for g, n, p in lines])
+    totals = list(itertools.accumulate(n * p for _, n, p in lines))
     number = rng.randint(100, 9999)
     day_text, day = _date(rng)
     paid = rng.random() < 0.5
@@ -91,8 +92,11 @@ def order(rng: random.Random) -> tuple[str, str]:
         "city": city,
         "date": day,
         "paid": paid,
-        "items": [{"name": g[0], "count": n, "cost": n * p} for g, n, p in lines],
-        "total": sum(n * p for _, n, p in lines),
+        "items": [
+            {"name": g[0], "count": n, "cost": n * p, "sum": total}
+            for (g, n, p), total in zip(lines, totals, strict=True)
+        ],
+        "total": totals[-1],
     }
     facts = [
         f"It ships to {city}.",
@@ -195,7 +199,7 @@ def ledger(rng: random.Random) -> tuple[str, str]:
 
 def parcel(rng: random.Random) -> tuple[str, str]:
     """The way of a parcel from hand to hand, told in mixed order."""
-    people = rng.sample(NAMES, rng.randint(12, 24))
+    people = rng.sample(NAMES, rng.randint(28, 50))
     weight, city = rng.randint(2, 40), rng.choice(CITIES)
     hops = [f"{a} passes it to {b}." for a, b in itertools.pairwise(people)]
     rng.shuffle(hops)
@@ -206,7 +210,7 @@ def parcel(rng: random.Random) -> tuple[str, str]:
         )
     )
     values: dict[str, object] = {
-        "route": " > ".join(people), "last": people[-1], "handovers": len(people) - 1,
+        "route": " ".join(people), "last": people[-1], "handovers": len(people) - 1,
         "weight": weight, "city": city, "first": people[0],
     }  # fmt: skip
     keys = rng.sample(["weight", "city", "first"], rng.randint(1, 3))
@@ -215,7 +219,7 @@ def parcel(rng: random.Random) -> tuple[str, str]:
 
 
 KINDS: Kinds = {
-    "parcel": (6, parcel),
+    "parcel": (16, parcel),
     "ledger": (1, ledger),
     "person": (1, person),
     "order": (1, order),

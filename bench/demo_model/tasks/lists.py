@@ -183,8 +183,8 @@ def reverse(rng: random.Random) -> tuple[str, str]:
 
 def follow(rng: random.Random) -> tuple[str, str]:
     """Follows links from word to word, given in mixed order, until they end."""
-    words = rng.sample(WORDS, rng.randint(22, 40))
-    steps = rng.randint(18, len(words) - 1)
+    words = rng.sample(WORDS, rng.randint(44, 70))
+    steps = rng.randint(38, len(words) - 1)
     path, rest = words[: steps + 1], words[steps + 1 :]
     links = list(pairwise(path))
     links += list(pairwise(rest))  # a second chain that never meets the first
@@ -201,11 +201,11 @@ def follow(rng: random.Random) -> tuple[str, str]:
 
 
 KINDS: Kinds = {
-    "follow": (7, follow),
+    "follow": (20, follow),
     "sort_numbers": (1, sort_numbers),
     "sort_words": (1, sort_words),
     "filter_numbers": (1, filter_numbers),
-    "filter_sum": (1, filter_sum),
+    "filter_sum": (2, filter_sum),
     "count_words": (1, count_words),
     "dedupe": (1, dedupe),
     "reverse": (1, reverse),

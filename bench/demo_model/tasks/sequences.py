@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from .common import Kinds, Task, draw, trace
+from .common import Kinds, Task, digits, draw, rolling_digits, trace
 
 FAMILY = "sequences"
 
@@ -33,7 +33,7 @@ def collatz(rng: random.Random) -> tuple[str, str]:
 
 def multiply_add(rng: random.Random) -> tuple[str, str]:
     """Times a, plus c, last two digits."""
-    value, factor, plus = rng.randint(1, 99), rng.choice((2, 3, 8, 9)), rng.randint(1, 99)
+    value, factor, plus = rng.randint(1, 99), rng.choice((2, 3)), rng.randint(1, 30)
     steps = rng.randint(12, 26)
     ask = rng.choice(
         (
@@ -50,26 +50,25 @@ def multiply_add(rng: random.Random) -> tuple[str, str]:
 
 
 def two_terms(rng: random.Random) -> tuple[str, str]:
-    """Each number is the sum of the two before it, cut to three digits."""
-    states, steps = [rng.randint(1, 999), rng.randint(1, 999)], rng.randint(9, 18)
+    """Each number is the sum of the two before it, cut to two digits."""
+    states, steps = [rng.randint(1, 99), rng.randint(1, 99)], rng.randint(12, 24)
     ask = rng.choice(
         (
             f"Start with {states[0]} and {states[1]}. Each next number is the sum of the two "
-            f"before it; keep the last three digits. Write {steps} more numbers.",
+            f"before it; keep the last two digits. Write {steps} more numbers.",
             f"Continue {states[0]}, {states[1]} for {steps} numbers: add the last two and keep "
-            "the last three digits.",
+            "the last two digits.",
         )
     )
     for _ in range(steps):
-        states.append((states[-1] + states[-2]) % 1000)
+        states.append((states[-1] + states[-2]) % 100)
     return ask, trace("Numbers", states)
 
 
 def rolling_code(rng: random.Random) -> tuple[str, str]:
     """A check code: times m plus the next digit, last digit kept; one digit a step."""
-    digits = [rng.randint(0, 9) for _ in range(rng.randint(40, 90))]
-    factor, code = rng.choice((3, 7, 9)), 0
-    text = "".join(map(str, digits))
+    inputs, factor, codes = rolling_digits(rng, 60, 116)
+    text = digits(inputs)
     ask = rng.choice(
         (
             f"Check code of {text}: begin with 0; for each digit multiply the code by {factor}, "
@@ -78,18 +77,14 @@ def rolling_code(rng: random.Random) -> tuple[str, str]:
             "the next digit, cut to its last digit. List the codes.",
         )
     )
-    codes = []
-    for digit in digits:
-        code = (code * factor + digit) % 10
-        codes.append(code)
-    return ask, f"Codes: {''.join(map(str, codes))}\nAnswer: {code}"
+    return ask, f"Codes: {digits(codes)}\nAnswer: {codes[-1]}"
 
 
 def long_division(rng: random.Random) -> tuple[str, str]:
     """Division by one digit: all remainders first, then the quotient's digits."""
-    digits = [rng.randint(1, 9)] + [rng.randint(0, 9) for _ in range(rng.randint(15, 34))]
+    number = [rng.randint(1, 9)] + [rng.randint(0, 9) for _ in range(rng.randint(15, 34))]
     divisor, rest = rng.choice((3, 4, 6, 7, 8, 9)), 0
-    text = "".join(map(str, digits))
+    text = digits(number)
     ask = rng.choice(
         (
             f"Divide {text} by {divisor} digit by digit. Write the remainders, then the quotient.",
@@ -97,25 +92,25 @@ def long_division(rng: random.Random) -> tuple[str, str]:
         )
     )
     remainders, quotient = [], []
-    for digit in digits:
+    for digit in number:
         whole = 10 * rest + digit
         quotient.append(whole // divisor)
         rest = whole % divisor
         remainders.append(rest)
     lines = [
-        f"Remainders: {''.join(map(str, remainders))}",
-        f"Quotient: {''.join(map(str, quotient))}",
+        f"Remainders: {digits(remainders)}",
+        f"Quotient: {digits(quotient)}",
         f"Answer: remainder {rest}",
     ]
     return ask, "\n".join(lines)
 
 
 KINDS: Kinds = {
-    "collatz": (4, collatz),
-    "multiply_add": (4, multiply_add),
+    "rolling_code": (11, rolling_code),
+    "multiply_add": (3, multiply_add),
     "two_terms": (2, two_terms),
-    "rolling_code": (3, rolling_code),
-    "long_division": (3, long_division),
+    "long_division": (2, long_division),
+    "collatz": (1, collatz),
 }
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import random
 
-from .common import Kinds, Task, draw, join_and, plural, trace
+from .common import (
+    Kinds,
+    Task,
+    digits,
+    draw,
+    join_and,
+    plural,
+    rolling_digits,
+    trace,
+)
 from .pools import GOODS, ITEMS, NAMES
 
 FAMILY = "units"
@@ -228,9 +237,36 @@ def tank(rng: random.Random) -> tuple[str, str]:
     return ask, trace("Level", states)
 
 
+# small unit of which ten make the large one
+TENS: tuple[tuple[str, str], ...] = (
+    ("mm", "cm"),
+    ("dl", "liter"),
+    ("dm", "meter"),
+    ("cents", "dime"),
+)
+
+
+def dial(rng: random.Random) -> tuple[str, str]:
+    """A dial that multiplies what it shows, adds, and drops every full large unit."""
+    small, large = rng.choice(TENS)
+    inputs, factor, shown = rolling_digits(rng, 60, 116)
+    text = digits(inputs)
+    ask = rng.choice(
+        (
+            f"A dial shows 0 {small}. Each turn makes it {factor} times as much and adds the next "
+            f"digit of {text} in {small}; every full {large} of 10 {small} drops out. "
+            "What does it show after each turn?",
+            f"Begin with 0 {small}. For each digit of {text}: times {factor}, plus the digit, "
+            f"and take away each {large}, that is 10 {small}. Write the {small} each time.",
+        )
+    )
+    return ask, f"Dial: {digits(shown)}\nAnswer: {shown[-1]} {small}"
+
+
 KINDS: Kinds = {
-    "schedule": (5, schedule),
-    "tank": (5, tank),
+    "dial": (20, dial),
+    "schedule": (1, schedule),
+    "tank": (1, tank),
     "add_amounts": (1, add_amounts),
     "difference": (1, difference),
     "seconds": (1, seconds),

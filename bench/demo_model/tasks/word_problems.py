@@ -10,8 +10,17 @@ from __future__ import annotations
 import itertools
 import random
 
-from .common import Kinds, Task, count_noun, draw, join_and, trace
-from .pools import CITIES, GOODS, ITEMS, NAMES, PACKS
+from .common import (
+    Kinds,
+    Task,
+    count_noun,
+    digits,
+    draw,
+    join_and,
+    rolling_digits,
+    trace,
+)
+from .pools import CITIES, GOODS, ITEMS, NAMES, PACKS, WORDS
 
 FAMILY = "word_problems"
 
@@ -254,12 +263,48 @@ def game(rng: random.Random) -> tuple[str, str]:
     return ask, trace("Score", states)
 
 
+def board(rng: random.Random) -> tuple[str, str]:
+    """A round board of ten fields on which the next field depends on the present one."""
+    name = rng.choice(NAMES)
+    rolls, factor, fields = rolling_digits(rng, 60, 116)
+    text = digits(rolls)
+    ask = rng.choice(
+        (
+            f"{name} plays on a round board with the fields 0 to 9 and starts on 0. A move goes to "
+            f"{factor} times the field plus the number drawn, of which the last digit counts. "
+            f"{name} draws {text}. Which fields are visited?",
+            f"On a board with ten fields from 0 to 9 {name} stands on 0. Each number drawn is "
+            f"added to {factor} times the field, and the last digit is the new field. "
+            f"Drawn are {text}. List the fields.",
+        )
+    )
+    return ask, f"Fields: {digits(fields)}\nAnswer: field {fields[-1]}"
+
+
+def hunt(rng: random.Random) -> tuple[str, str]:
+    """A treasure hunt: each place holds a note that names the next."""
+    name, places = rng.choice(NAMES), rng.sample(WORDS, rng.randint(40, 66))
+    notes = [f"the {a} says {b}" for a, b in itertools.pairwise(places)]
+    rng.shuffle(notes)
+    text = ", ".join(notes)
+    ask = rng.choice(
+        (
+            f"{name} hunts for treasure. Notes: {text}. {name} begins at the {places[0]}. "
+            "Which places follow, and where is the treasure?",
+            f"In a treasure hunt {text}. Starting from the {places[0]}, where does {name} go?",
+        )
+    )
+    return ask, f"Places: {' '.join(places)}\nAnswer: {places[-1]}"
+
+
 KINDS: Kinds = {
-    "store": (6, store),
-    "game": (6, game),
-    "inventory": (2, inventory),
+    "board": (13, board),
+    "hunt": (9, hunt),
+    "store": (1, store),
+    "game": (1, game),
+    "inventory": (1, inventory),
     "shopping": (1, shopping),
-    "comparison": (2, comparison),
+    "comparison": (1, comparison),
     "production": (1, production),
     "journey": (1, journey),
     "sharing": (1, sharing),
