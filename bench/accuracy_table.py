@@ -115,7 +115,7 @@ def paired_difference(a: str, b: str) -> tuple[float, float]:
     return 100 * mean, 100 * 1.96 * math.sqrt(variance / n)
 
 
-def markdown(result: dict[str, Any], reference: float = 0.98) -> str:
+def markdown(result: dict[str, Any], reference: float = 0.99) -> str:
     """The table of a result file, with each arm's paired difference from block decoding at the
     same threshold (arms without one: at `reference`)."""
     arms = {arm["name"]: arm for arm in result["arms"]}
@@ -131,8 +131,9 @@ def markdown(result: dict[str, Any], reference: float = 0.98) -> str:
             *paired_difference(block["correct"], arm["correct"])
         )  # fmt: skip
         mode = arm["mode"] + (f" {arm['chunk_length']}" if arm["mode"] == "chunk" else "")
+        threshold = arm.get("threshold", "any" if arm["mode"] == "chunk" else "")
         lines.append(
-            f"| {mode} | {arm.get('kv_policy', '')} | {arm.get('threshold', 'any' if arm['mode'] == 'chunk' else '')} "
+            f"| {mode} | {arm.get('kv_policy', '')} | {threshold} "
             f"| {100 * arm['exact_match']:.1f} ({100 * low:.1f} to {100 * high:.1f}) "
             f"| {difference} | {arm['tokens_per_forward']:.2f} | {arm['rows_per_token']:.2f} |"
         )

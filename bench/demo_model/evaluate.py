@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10**9)
     parser.add_argument("--kinds", nargs="+", help="only these kinds of tasks ('chained': CHAINED)")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9, 0.95, 0.98, 0.99])
-    parser.add_argument("--recommended", type=float, default=0.98)
+    parser.add_argument("--recommended", type=float, default=0.99)
     parser.add_argument("--max-answer", type=int, default=320)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

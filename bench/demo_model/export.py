@@ -1,6 +1,6 @@
 """Writes the deployable folder: config, generation config, tokenizer, weights, held-out set.
 
-python -m bench.demo_model.export --output DIR --weights RUN --threshold 0.98
+python -m bench.demo_model.export --output DIR --weights RUN --threshold 0.99
 python -m bench.demo_model.export --output DIR --random      # untrained, same layout
 """
 
@@ -65,7 +65,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", type=Path, help="run directory with trained weights")
     source.add_argument("--random", action="store_true", help="untrained weights")
-    parser.add_argument("--threshold", type=float, default=0.98)
+    parser.add_argument("--threshold", type=float, default=0.99)
     parser.add_argument("--tokenizer", type=Path, help="keep this tokenizer.json; else train one")
     parser.add_argument("--heldout", type=int, default=1500, help="number of held-out prompts")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,7 @@
 // P(commit | rank of the mask among the evaluated masks of its block), learned from what happened.
+// Ranks that chunks have not reached yet follow the others: the prior is scaled by how often the
+// observed ranks commit compared with it. Otherwise a controller that starts with small chunks on a
+// model more confident than the prior would never try a large one.
 #pragma once
 
 #include <vector>
@@ -20,7 +23,11 @@ class CommitModel {
  private:
   void check_rank(int rank, const char* what) const;
 
-  std::vector<double> committed_, evaluated_;  // decayed counts, prior included
+  double prior_scale() const;
+  double probability(int rank, double scale) const;
+
+  std::vector<double> committed_, evaluated_;  // decayed counts
+  std::vector<double> prior_, prior_weight_;   // and the observations the prior is still worth
 };
 
 }  // namespace optimus

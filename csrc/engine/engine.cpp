@@ -24,8 +24,12 @@ EngineConfig resolve(EngineConfig config, const Model& model) {
 }
 
 void check_params(const SamplingParams& p) {
-  OPTIMUS_CHECK(std::isfinite(p.temperature) && p.temperature >= 0,
-                "[sampling_params] temperature must be >= 0, got ", p.temperature);
+  // Below it, logits / temperature overflows fp32 and the order of tokens is lost.
+  constexpr float kLowestTemperature = 1e-4f;
+  bool is_greedy = p.temperature == 0;
+  OPTIMUS_CHECK(is_greedy || (std::isfinite(p.temperature) && p.temperature >= kLowestTemperature),
+                "[sampling_params] temperature must be 0 (greedy) or at least ", kLowestTemperature,
+                ", got ", p.temperature);
   OPTIMUS_CHECK(p.top_k >= 0, "[sampling_params] top_k must be >= 0, got ", p.top_k);
   OPTIMUS_CHECK(p.top_p > 0 && p.top_p <= 1, "[sampling_params] top_p must be in (0, 1], got ",
                 p.top_p);
@@ -252,11 +256,14 @@ void Engine::check_idle(const char* what) const {
 std::vector<LatencyModel::Point> Engine::profile(int repeats) {
   check_idle("profile");
   OPTIMUS_CHECK(repeats >= 1, "[profile] repeats must be at least 1, got ", repeats);
-  // Pages of nobody's, about one typical context.
-  constexpr int kContext = 256;
+  // Pages of nobody's: a place of its own for every row if there is room, read up to about one
+  // typical context.
+  constexpr int kTypicalContext = 256;
   PagePool& pool = scheduler_.pool();
-  int wanted = std::max(1, std::min({kContext / config_.page_size, config_.num_pages,
-                                     scheduler_.pages_for(config_.max_model_len)}));
+  int rows_pages = (config_.max_num_batched_rows + config_.page_size - 1) / config_.page_size;
+  int wanted = std::min({rows_pages, config_.num_pages,
+                         scheduler_.pages_for(config_.max_model_len)});
+  int context = std::min(kTypicalContext, wanted * config_.page_size);
   if (pool.num_free() < wanted) scheduler_.prefix_cache().evict(wanted - pool.num_free());
   std::vector<int32_t> pages;
   for (int i = 0; i < wanted; ++i) pages.push_back(pool.allocate());
@@ -265,12 +272,12 @@ std::vector<LatencyModel::Point> Engine::profile(int repeats) {
   auto measure = [&](int rows) {
     std::vector<double> times;
     for (int i = 0; i < repeats; ++i) {
-      times.push_back(runner_.time_forward(rows, std::min(rows, config_.grid()), pages));
+      times.push_back(runner_.time_forward(rows, std::min(rows, config_.grid()), context, pages));
     }
     std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
     points.push_back({rows, times[repeats / 2]});
   };
-  runner_.time_forward(1, 1, pages);  // warm-up
+  runner_.time_forward(1, 1, context, pages);  // warm-up
   for (int rows = 1; rows < config_.max_num_batched_rows; rows *= 2) {
     measure(rows);
     int between = rows + rows / 2;

@@ -78,8 +78,6 @@ PrefixCache::Match PrefixCache::match(const int32_t* tokens, int num_tokens) {
   match.num_tokens = static_cast<int>(match.pages.size()) * page_size_;
   // In use from here on; the release that ends it sets the time of last use.
   for (int32_t page : match.pages) pool_.retain(page);
-  num_queried_tokens_ += num_tokens;
-  num_hit_tokens_ += match.num_tokens;
   return match;
 }
 

@@ -50,10 +50,6 @@ class PrefixCache : private PagePool::Listener {
   int evict(int num_pages);
   void clear() { evict(num_cached_); }  // drops every evictable page
 
-  // Over all calls of match(); a cache that is not enabled counts nothing.
-  int64_t num_queried_tokens() const { return num_queried_tokens_; }
-  int64_t num_hit_tokens() const { return num_hit_tokens_; }
-
   // Hash of a page from that of the page before it (0 for the first). Public so that tests can
   // construct a collision.
   static uint64_t hash_page(uint64_t parent_hash, const int32_t* tokens, int num_tokens);
@@ -98,7 +94,6 @@ class PrefixCache : private PagePool::Listener {
   std::set<std::pair<uint64_t, int32_t>> leaves_;  // evictable leaves, (last_used, page)
   uint64_t clock_ = 0;
   int num_cached_ = 0, num_blocked_ = 0;
-  int64_t num_queried_tokens_ = 0, num_hit_tokens_ = 0;
 };
 
 }  // namespace optimus

@@ -169,15 +169,16 @@ std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
   return logits;
 }
 
-double Runner::time_forward(int num_rows, int seq_rows, const std::vector<int32_t>& page_ids) {
+double Runner::time_forward(int num_rows, int seq_rows, int context,
+                            const std::vector<int32_t>& page_ids) {
   const int page_size = config_.page_size;
-  const int context = static_cast<int>(page_ids.size()) * page_size;
+  const int capacity = static_cast<int>(page_ids.size()) * page_size;
   int num_seqs = 0;
   for (int i = 0; i < num_rows; ++i) {
     token_ids_[i] = (i * 7919) % model_.config().vocab_size;
-    positions_[i] = i % context;
+    positions_[i] = i % capacity;
     kv_limits_[i] = context;
-    kv_slots_[i] = page_ids[(i % context) / page_size] * page_size + i % page_size;
+    kv_slots_[i] = page_ids[(i % capacity) / page_size] * page_size + i % page_size;
     logit_rows_[i] = i;
     if (i % seq_rows == 0 && num_seqs < config_.max_num_seqs) cu_seqlens_q_[num_seqs++] = i;
   }

@@ -31,9 +31,10 @@ class Runner {
                              const std::vector<int32_t>& positions,
                              const std::vector<int32_t>& kv_limits,
                              const std::vector<int32_t>& page_ids);
-  // Milliseconds of one forward of `num_rows` rows, in sequences of `seq_rows`, that write to and
-  // read `context` positions of the given pages.
-  double time_forward(int num_rows, int seq_rows, const std::vector<int32_t>& page_ids);
+  // Milliseconds of one forward of `num_rows` rows, in sequences of `seq_rows`, that write all over
+  // the given pages and read their first `context` positions.
+  double time_forward(int num_rows, int seq_rows, int context,
+                      const std::vector<int32_t>& page_ids);
 
   size_t kv_cache_bytes() const { return kv_cache_.bytes(); }
   size_t activation_bytes() const { return activations_.bytes(); }

@@ -48,6 +48,8 @@ void validate(const EngineConfig& c) {
                   " must be between 1 and block_length ", c.block_length, ", got ", value);
   };
   at_least("block_length", c.block_length, 1);
+  OPTIMUS_CHECK(c.block_length <= kMaxBlockLength, "[engine_config] block_length must be at most ",
+                kMaxBlockLength, ", got ", c.block_length);
   at_least("max_num_seqs", c.max_num_seqs, 1);
   at_least("page_size", c.page_size, 1);
   at_least("num_pages", c.num_pages, 1);

@@ -117,6 +117,8 @@ void kv_copy(const KvCopyParams&, const Execution&);
 
 // ---------------------------------------------------------------------------------- decode state
 
+constexpr int kMaxBlockLength = 1024;
+
 // What a position of the decode window is. The mask state never comes from token ids: a prompt may
 // hold the mask token's text.
 enum PositionStatus : uint8_t {
@@ -175,7 +177,8 @@ struct StepRows {
 };
 
 // Expands the host's plan into rows, from the device-resident state. Writes StepRows and moves
-// statuses: a fed fresh position becomes cached, a fed absent mask becomes present.
+// statuses: a fed fresh position becomes cached (in block mode those of the current block stay
+// fresh: they are fed every step), a fed absent mask becomes present.
 //   decode sequence, chunk: fresh positions and the first chunk_lengths[s] masks of the current
 //     block; with refresh[s] every position of a previous block that still has fresh ones. The
 //     caller keeps the window such that no absent mask precedes a known position.

@@ -64,7 +64,12 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         _check_int("max_tokens", self.max_tokens, 1)
-        _check_float("temperature", self.temperature, ">= 0", lambda t: t >= 0)
+        _check_float(
+            "temperature",
+            self.temperature,
+            "0 (greedy) or at least 0.0001",
+            lambda t: t == 0 or 1e-4 <= t < math.inf,
+        )
         _check_int("top_k", self.top_k, -1)
         _check_float("top_p", self.top_p, "in (0, 1]", lambda p: 0 < p <= 1)
         _check_int("seed", self.seed, 0, 2**64)

@@ -89,7 +89,6 @@ int select_positions(const BuildRowsParams& p, int chunk_length, const uint8_t* 
 
 void build_current_block(RowWriter& writer, int seq, int slot, int32_t* tokens, uint8_t* status) {
   const BuildRowsParams& p = writer.p;
-  constexpr int kMaxBlockLength = 1024;
   const int block_length = p.state.block_length;
   OPTIMUS_CHECK(block_length <= kMaxBlockLength, "[build_rows] block_length must be <= ",
                 kMaxBlockLength, ", got ", block_length);

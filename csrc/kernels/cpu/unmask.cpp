@@ -12,27 +12,42 @@
 namespace optimus::cpu {
 namespace {
 
+// Moves the `count` largest to the front, in descending order.
+void sort_head(std::vector<float>& values, int count) {
+  auto head = values.begin() + count;
+  if (head != values.end()) std::nth_element(values.begin(), head, values.end(), std::greater<>());
+  std::sort(values.begin(), head, std::greater<>());
+}
+
 // Smallest scaled logit that top-k and top-p let through. Ties at the border all pass.
 // top-p keeps the smallest set, by descending probability, whose mass (of the top-k set) reaches p.
 template <class T>
 float sampling_floor(const T* logits, int vocab_size, float scale, int top_k, float top_p,
-                     std::vector<float>& scratch) {
+                     const SoftmaxSums& sums, std::vector<float>& scratch) {
   const float kAll = -std::numeric_limits<float>::infinity();
   bool use_top_k = top_k > 0 && top_k < vocab_size;
   if (!use_top_k && top_p >= 1.0f) return kAll;
   scratch.resize(vocab_size);
   for (int v = 0; v < vocab_size; ++v) scratch[v] = to_float(logits[v]) * scale;
-  int keep = use_top_k ? top_k : vocab_size;
-  std::partial_sort(scratch.begin(), scratch.begin() + keep, scratch.end(), std::greater<float>());
-  if (top_p >= 1.0f) return scratch[keep - 1];
-  double total = 0;
-  for (int i = 0; i < keep; ++i) total += std::exp(double(scratch[i]) - scratch[0]);
-  double mass = 0;
-  for (int i = 0; i < keep; ++i) {
-    mass += std::exp(double(scratch[i]) - scratch[0]);
-    if (mass >= double(top_p) * total) return scratch[i];
+  const int keep = use_top_k ? top_k : vocab_size;
+  auto weight = [&](int i) { return std::exp(double(scratch[i]) - sums.max); };
+  double total = sums.sum;
+  if (use_top_k) {
+    sort_head(scratch, keep);
+    if (top_p >= 1.0f) return scratch[keep - 1];
+    total = 0;
+    for (int i = 0; i < keep; ++i) total += weight(i);
   }
-  return scratch[keep - 1];
+  // Mostly a few tokens hold the mass: sort no more of the vocabulary than that takes.
+  for (int sorted = std::min(keep, 64);; sorted = std::min(keep, sorted * 8)) {
+    if (!use_top_k) sort_head(scratch, sorted);
+    double mass = 0;
+    for (int i = 0; i < sorted; ++i) {
+      mass += weight(i);
+      if (mass >= double(top_p) * total) return scratch[i];
+    }
+    if (sorted == keep) return scratch[keep - 1];
+  }
 }
 
 template <class T>
@@ -65,7 +80,7 @@ void find_candidate(const UnmaskParams& p, int i, std::vector<float>& scratch) {
     scale = 1.0f / state.temperature[slot];
     scaled = simd.softmax_sums(logits, p.vocab_size, scale);
     float floor = sampling_floor(logits, p.vocab_size, scale, state.top_k[slot],
-                                 state.top_p[slot], scratch);
+                                 state.top_p[slot], scaled, scratch);
     int32_t position = state.block_start[slot] + p.logit_offsets[i];
     token = sample_token(logits, p.vocab_size, scale, floor,
                          noise_key(state.seed[slot], position, state.denoise_step[slot]));

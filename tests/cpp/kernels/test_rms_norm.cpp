@@ -89,7 +89,7 @@ TEST(RmsNorm, GathersRows) {
 
     // With a residual of zeros the same rows come out, and only they are added to.
     Tensor residual(dtype, inputs * hidden), again(dtype, rows * hidden);
-    residual.fill(0.0f);
+    for (size_t i = 0; i < residual.size(); ++i) residual.set(i, 0.0f);
     cpu::rms_norm({x.data(), residual.data(), row_idx.data(), weight.data(), again.data(), rows,
                    hidden, kEps, dtype},
                   pool);
