@@ -5,9 +5,9 @@
 The plain loop is what one writes first: transformers' Qwen3ForCausalLM, a DynamicCache that holds
 the finished prefix, the current block forwarded whole with a 4-D mask until no mask is left, then
 once more to keep its KV. At concurrency n it decodes n prompts as one padded batch, block by block
-in lock step; and also one after another, which may be faster: the better of the two is the baseline.
-Both sides use the same weights, prompts, dtype and number of threads; runs alternate, medians are
-compared, and the outputs must be the same tokens.
+in lock step; and also one after another, which may be faster: the better of the two is the
+baseline. Both sides use the same weights, prompts, dtype and number of threads; runs alternate,
+medians are compared, and the outputs must be the same tokens.
 """
 
 from __future__ import annotations
@@ -243,8 +243,9 @@ def main() -> None:
     result = compare(arguments)
     for row in result["rows"]:
         print(
-            f"concurrency {row['concurrency']}: engine {row['engine_tokens_per_second']:.0f} tok/s, "
-            f"{row['baseline']} {row['plain_tokens_per_second'][row['baseline']]:.0f} tok/s, "
+            f"concurrency {row['concurrency']}: engine "
+            f"{row['engine_tokens_per_second']:.0f} tok/s, {row['baseline']} "
+            f"{row['plain_tokens_per_second'][row['baseline']]:.0f} tok/s, "
             f"{row['speedup']:.2f}x, same outputs {row['same_outputs']}/{row['num_prompts']}"
         )
     if arguments.output:

@@ -186,8 +186,8 @@ void bind_outputs(py::module_& m) {
       .def_readonly("id", &RequestUpdate::id)
       .def_readonly("commits", &RequestUpdate::commits)
       .def_readonly("num_known", &RequestUpdate::num_known)
-      .def_property_readonly(
-          "finish_reason", [](const RequestUpdate& u) { return finish_reason(u.finish_reason); });
+      .def_property_readonly("finish_reason",
+                             [](const RequestUpdate& u) { return finish_reason(u.finish_reason); });
   py::class_<StepRecord>(m, "StepRecord")
       .def_readonly("step", &StepRecord::step)
       .def_readonly("rows", &StepRecord::rows)

@@ -21,12 +21,12 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace optimus
 
-#define OPTIMUS_CHECK(condition, ...)                                                      \
-  do {                                                                                     \
-    if (!(condition)) throw std::invalid_argument(::optimus::concat(__VA_ARGS__));         \
+#define OPTIMUS_CHECK(condition, ...)                                              \
+  do {                                                                             \
+    if (!(condition)) throw std::invalid_argument(::optimus::concat(__VA_ARGS__)); \
   } while (false)
 
-#define OPTIMUS_INVARIANT(condition, ...)                                                  \
-  do {                                                                                     \
+#define OPTIMUS_INVARIANT(condition, ...)                                                   \
+  do {                                                                                      \
     if (!(condition)) throw std::logic_error(::optimus::concat("internal: ", __VA_ARGS__)); \
   } while (false)

@@ -64,8 +64,8 @@ void Engine::check_prompt(const std::vector<int32_t>& prompt) const {
                 " tokens leaves no room in max_model_len ", config_.max_model_len);
   for (int32_t id : prompt) {
     OPTIMUS_CHECK(id >= 0 && id < model_->config().vocab_size,
-                  "[add_request] token ids must be in [0, ", model_->config().vocab_size,
-                  "), got ", id);
+                  "[add_request] token ids must be in [0, ", model_->config().vocab_size, "), got ",
+                  id);
   }
 }
 
@@ -103,9 +103,17 @@ StepOutput Engine::step() {
 
   update(plan, result, output);
   if (latency_.has_profile()) latency_.observe(result.num_rows, forward_ms);
-  output.record = {++step_, result.num_rows, plan.prefill_rows, result.num_logit_rows,
-                   static_cast<int>(plan.seqs.size()), plan.chunk_length, plan.refresh_rows,
-                   output.record.commits, plan.predicted_ms, forward_ms, (now_s() - start) * 1e3,
+  output.record = {++step_,
+                   result.num_rows,
+                   plan.prefill_rows,
+                   result.num_logit_rows,
+                   static_cast<int>(plan.seqs.size()),
+                   plan.chunk_length,
+                   plan.refresh_rows,
+                   output.record.commits,
+                   plan.predicted_ms,
+                   forward_ms,
+                   (now_s() - start) * 1e3,
                    plan.reason};
   return output;
 }
@@ -169,9 +177,8 @@ int Engine::update_decode(const SeqPlan& seq, const StepResult& result, int firs
   update.finish_reason = reason;
   if (reason != FinishReason::none) {
     auto beyond_end = [&](const Commit& c) { return c.output_idx >= request.num_known; };
-    update.commits.erase(
-        std::remove_if(update.commits.begin(), update.commits.end(), beyond_end),
-        update.commits.end());
+    update.commits.erase(std::remove_if(update.commits.begin(), update.commits.end(), beyond_end),
+                         update.commits.end());
     finish(request, reason);
   }
   return last - first;
@@ -249,8 +256,7 @@ void Engine::release(uint64_t id) {
 }
 
 void Engine::check_idle(const char* what) const {
-  OPTIMUS_CHECK(num_unfinished_ == 0, "[", what, "] ", num_unfinished_,
-                " requests are unfinished");
+  OPTIMUS_CHECK(num_unfinished_ == 0, "[", what, "] ", num_unfinished_, " requests are unfinished");
 }
 
 std::vector<LatencyModel::Point> Engine::profile(int repeats) {
@@ -261,8 +267,8 @@ std::vector<LatencyModel::Point> Engine::profile(int repeats) {
   constexpr int kTypicalContext = 256;
   PagePool& pool = scheduler_.pool();
   int rows_pages = (config_.max_num_batched_rows + config_.page_size - 1) / config_.page_size;
-  int wanted = std::min({rows_pages, config_.num_pages,
-                         scheduler_.pages_for(config_.max_model_len)});
+  int wanted =
+      std::min({rows_pages, config_.num_pages, scheduler_.pages_for(config_.max_model_len)});
   int context = std::min(kTypicalContext, wanted * config_.page_size);
   if (pool.num_free() < wanted) scheduler_.prefix_cache().evict(wanted - pool.num_free());
   std::vector<int32_t> pages;

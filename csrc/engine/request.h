@@ -15,7 +15,7 @@ struct SamplingParams {
   int top_k = 0;             // 0 = off
   float top_p = 1.0f;        // 1 = off
   uint64_t seed = 0;
-  int max_tokens = -1;       // -1 = up to the context length
+  int max_tokens = -1;  // -1 = up to the context length
   bool ignore_eos = false;
   std::vector<int32_t> stop_token_ids;
   UnmaskingStrategy unmasking_strategy = kLowConfidenceDynamic;
@@ -36,12 +36,12 @@ struct OutputToken {
 };
 
 struct RequestMetrics {
-  int nfe = 0;                // forward evaluations that held decode rows of this request
-  int64_t decode_rows = 0;    // decode rows computed
-  int64_t prefill_rows = 0;   // prompt rows computed (recomputation included)
+  int nfe = 0;               // forward evaluations that held decode rows of this request
+  int64_t decode_rows = 0;   // decode rows computed
+  int64_t prefill_rows = 0;  // prompt rows computed (recomputation included)
   int cached_prompt_tokens = 0;
   int num_preemptions = 0;
-  std::map<int, int> chunk_histogram;  // mask rows evaluated in a step -> steps
+  std::map<int, int> chunk_histogram;                     // mask rows evaluated in a step -> steps
   double arrival_s = 0, first_token_s = 0, finish_s = 0;  // steady clock, seconds
 };
 
@@ -58,17 +58,17 @@ struct Request {
 
   int slot = -1;
   std::vector<int32_t> pages;
-  int num_computed = 0;      // leading positions whose KV is in the pages
-  int num_clean = 0;         // of those, KV computed from real tokens in a clean context (cacheable)
-  int prefill_target = 0;    // num_computed at which decoding starts
+  int num_computed = 0;    // leading positions whose KV is in the pages
+  int num_clean = 0;       // of those, KV computed from real tokens in a clean context (cacheable)
+  int prefill_target = 0;  // num_computed at which decoding starts
   int num_registered_pages = 0;
   // Decode window, as the last step left it.
   int block_start = 0;
   int num_fresh = 0;
   int num_masked = 0;
   bool previous_block_pending = false;  // the block before block_start still has fresh positions
-  bool window_open = false;    // the slot's device state belongs to this request
-  bool replays_block = false;  // preempted: outputs of the current block are decoded again
+  bool window_open = false;             // the slot's device state belongs to this request
+  bool replays_block = false;           // preempted: outputs of the current block are decoded again
   uint64_t last_scheduled_step = 0;
   RequestMetrics metrics;
 

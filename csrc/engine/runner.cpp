@@ -32,13 +32,14 @@ Runner::Runner(const Model& model, const EngineConfig& config, int max_pages_per
   cu_seqlens_q_ = Buffer<int32_t>(std::max(slots, rows) + 1, 0);
   counts_ = Buffer<int32_t>(2, 0);
 
-  state_ = {block_start_.data(), window_tokens_.data(), window_status_.data(),
-            denoise_step_.data(), page_table_.data(), temperature_.data(), top_k_.data(),
-            top_p_.data(), confidence_threshold_.data(), entropy_bound_.data(),
-            denoising_steps_.data(), unmasking_strategy_.data(), seed_.data(),
-            config.max_num_seqs, config.grid(), max_pages_per_seq};
-  rows_ = {token_ids_.data(), positions_.data(), kv_limits_.data(), kv_slots_.data(),
-           cu_seqlens_q_.data(), seq_page_table_.data(), logit_rows_.data(), logit_slots_.data(),
+  state_ = {block_start_.data(),   window_tokens_.data(),   window_status_.data(),
+            denoise_step_.data(),  page_table_.data(),      temperature_.data(),
+            top_k_.data(),         top_p_.data(),           confidence_threshold_.data(),
+            entropy_bound_.data(), denoising_steps_.data(), unmasking_strategy_.data(),
+            seed_.data(),          config.max_num_seqs,     config.grid(),
+            max_pages_per_seq};
+  rows_ = {token_ids_.data(),     positions_.data(),      kv_limits_.data(),  kv_slots_.data(),
+           cu_seqlens_q_.data(),  seq_page_table_.data(), logit_rows_.data(), logit_slots_.data(),
            logit_offsets_.data(), counts_.data()};
   candidates_ = {candidate_ids_.data(), candidate_confidence_.data(), candidate_logprob_.data(),
                  candidate_entropy_.data(), candidate_committed_.data()};
@@ -70,7 +71,8 @@ void Runner::open_window(const Request& request) {
   top_p_[slot] = params.top_p;
   confidence_threshold_[slot] = params.confidence_threshold;
   entropy_bound_[slot] = params.entropy_bound;
-  denoising_steps_[slot] = params.denoising_steps > 0 ? std::min(params.denoising_steps, grid) : grid;
+  denoising_steps_[slot] =
+      params.denoising_steps > 0 ? std::min(params.denoising_steps, grid) : grid;
   unmasking_strategy_[slot] = params.unmasking_strategy;
   seed_[slot] = params.seed;
 }
@@ -99,9 +101,9 @@ void Runner::write_plan(const StepPlan& plan) {
 }
 
 void Runner::forward_rows(int num_rows, int num_seqs, int num_logit_rows) {
-  ForwardBatch batch{rows_.token_ids, rows_.positions, rows_.kv_limits, rows_.kv_slots,
-                     rows_.cu_seqlens_q, rows_.page_table, rows_.logit_rows, num_rows, num_seqs,
-                     num_logit_rows, state_.page_table_stride};
+  ForwardBatch batch{rows_.token_ids,    rows_.positions,  rows_.kv_limits,         rows_.kv_slots,
+                     rows_.cu_seqlens_q, rows_.page_table, rows_.logit_rows,        num_rows,
+                     num_seqs,           num_logit_rows,   state_.page_table_stride};
   model_.forward(batch, kv_cache_, activations_, execution_);
 }
 
@@ -121,7 +123,7 @@ StepResult Runner::run(const StepPlan& plan) {
           config_.row_mode(), model.dtype},
          execution_);
   return {rows_.logit_slots, rows_.logit_offsets, candidates_, state_.block_start,
-          num_fresh_.data(), num_masked_.data(), num_rows, num_logit_rows};
+          num_fresh_.data(), num_masked_.data(),  num_rows,    num_logit_rows};
 }
 
 std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
@@ -136,8 +138,8 @@ std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
   OPTIMUS_CHECK(positions.size() == token_ids.size() && kv_limits.size() == token_ids.size(),
                 "[forward] token_ids, positions and kv_limits must have one length, got ", rows,
                 ", ", positions.size(), ", ", kv_limits.size());
-  OPTIMUS_CHECK(static_cast<int>(page_ids.size()) <= state_.page_table_stride,
-                "[forward] at most ", state_.page_table_stride, " pages, got ", page_ids.size());
+  OPTIMUS_CHECK(static_cast<int>(page_ids.size()) <= state_.page_table_stride, "[forward] at most ",
+                state_.page_table_stride, " pages, got ", page_ids.size());
   for (int32_t page : page_ids) {
     OPTIMUS_CHECK(page >= 0 && page < config_.num_pages, "[forward] page ids must be below ",
                   config_.num_pages, ", got ", page);
@@ -189,7 +191,8 @@ double Runner::time_forward(int num_rows, int seq_rows, int context,
   }
   auto start = std::chrono::steady_clock::now();
   forward_rows(num_rows, num_seqs, num_rows);
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+      .count();
 }
 
 }  // namespace optimus

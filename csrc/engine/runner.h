@@ -53,7 +53,8 @@ class Runner {
   Activations activations_;
 
   // Decode state [num_slots, ...]; see DecodeState.
-  Buffer<int32_t> block_start_, window_tokens_, denoise_step_, page_table_, top_k_, denoising_steps_;
+  Buffer<int32_t> block_start_, window_tokens_, denoise_step_, page_table_, top_k_,
+      denoising_steps_;
   Buffer<uint8_t> window_status_, unmasking_strategy_;
   Buffer<float> temperature_, top_p_, confidence_threshold_, entropy_bound_;
   Buffer<uint64_t> seed_;

@@ -140,8 +140,8 @@ void Scheduler::admit() {
 // Gives a waiting request a slot, the cached prefix of its tokens, and pages up to its first decode
 // window. False (and nothing taken) when pages are short.
 bool Scheduler::start(Request* request) {
-  int target = config_.decode_mode == DecodeMode::ar ? request->block_start - 1
-                                                     : request->block_start;
+  int target =
+      config_.decode_mode == DecodeMode::ar ? request->block_start - 1 : request->block_start;
   std::vector<int32_t> tokens(target);
   for (int i = 0; i < target; ++i) tokens[i] = request->token_at(i);
   PrefixCache::Match match = prefix_cache_.match(tokens.data(), target);
@@ -246,7 +246,8 @@ void Scheduler::plan_decode(StepPlan& plan, const LatencyModel& latency,
   });
 
   std::vector<RequestLoad> loads;
-  for (const Request* request : decoding) loads.push_back({request->num_masked, request->num_fresh});
+  for (const Request* request : decoding)
+    loads.push_back({request->num_masked, request->num_fresh});
   ChunkDecision decision = policy_.choose(loads, 0, latency, commits);
   plan.chunk_length = decision.chunk_length;
   plan.predicted_ms = decision.predicted_ms;

@@ -6,10 +6,10 @@
 
 namespace optimus {
 
-#define OPTIMUS_DISPATCH(op, Params)                                                        \
-  void op(const Params& params, const Execution& execution) {                               \
+#define OPTIMUS_DISPATCH(op, Params)                                                            \
+  void op(const Params& params, const Execution& execution) {                                   \
     OPTIMUS_CHECK(execution.device == Device::cpu, "[" #op "] this build has no CUDA backend"); \
-    cpu::op(params, *execution.threads);                                                    \
+    cpu::op(params, *execution.threads);                                                        \
   }
 
 OPTIMUS_DISPATCH(embedding, EmbeddingParams)

@@ -29,11 +29,11 @@ void embedding(const EmbeddingParams&, const Execution&);
 // out = x / rms(x) * weight. With `residual`: residual += x first (in place), and the sum is normed.
 // With `row_idx` (distinct rows): output row i is the norm of row row_idx[i] of x and residual.
 struct RmsNormParams {
-  const void* x;             // [input rows, hidden]
-  void* residual;            // [input rows, hidden], or null
-  const int32_t* row_idx;    // [rows], or null
-  const void* weight;        // [hidden]
-  void* out;                 // [rows, hidden]; may alias x when row_idx is null
+  const void* x;           // [input rows, hidden]
+  void* residual;          // [input rows, hidden], or null
+  const int32_t* row_idx;  // [rows], or null
+  const void* weight;      // [hidden]
+  void* out;               // [rows, hidden]; may alias x when row_idx is null
   int rows, hidden;
   float eps;
   DType dtype;
@@ -139,19 +139,19 @@ enum UnmaskingStrategy : uint8_t {
 // The window of a slot is two blocks: [block_start - B, block_start) the previous block, which may
 // hold positions that still have to be fed, and [block_start, block_start + B) the current one.
 struct DecodeState {
-  int32_t* block_start;          // [num_slots] first position of the current block
-  int32_t* window_tokens;        // [num_slots, 2 * B] token ids where known
-  uint8_t* window_status;        // [num_slots, 2 * B] PositionStatus
-  int32_t* denoise_step;         // [num_slots] steps already spent on the current block
-  int32_t* page_table;           // [num_slots, page_table_stride]
-  float* temperature;            // [num_slots] 0 = greedy
-  int32_t* top_k;                // [num_slots] 0 = off
-  float* top_p;                  // [num_slots] 1 = off
-  float* confidence_threshold;   // [num_slots]
-  float* entropy_bound;          // [num_slots]
-  int32_t* denoising_steps;      // [num_slots] 1..B
-  uint8_t* unmasking_strategy;   // [num_slots]
-  uint64_t* seed;                // [num_slots]
+  int32_t* block_start;         // [num_slots] first position of the current block
+  int32_t* window_tokens;       // [num_slots, 2 * B] token ids where known
+  uint8_t* window_status;       // [num_slots, 2 * B] PositionStatus
+  int32_t* denoise_step;        // [num_slots] steps already spent on the current block
+  int32_t* page_table;          // [num_slots, page_table_stride]
+  float* temperature;           // [num_slots] 0 = greedy
+  int32_t* top_k;               // [num_slots] 0 = off
+  float* top_p;                 // [num_slots] 1 = off
+  float* confidence_threshold;  // [num_slots]
+  float* entropy_bound;         // [num_slots]
+  int32_t* denoising_steps;     // [num_slots] 1..B
+  uint8_t* unmasking_strategy;  // [num_slots]
+  uint64_t* seed;               // [num_slots]
   int num_slots, block_length, page_table_stride;
 };
 
@@ -204,11 +204,11 @@ void build_rows(const BuildRowsParams&, const Execution&);
 
 // One logits row's candidate, and whether it was committed.
 struct Candidates {
-  int32_t* token_ids;   // [max_rows]
-  float* confidence;    // [max_rows] probability under softmax(logits / temperature), unfiltered
-  float* logprob;       // [max_rows] log probability under softmax(logits), temperature 1
-  float* entropy;       // [max_rows] of softmax(logits / temperature), nats
-  uint8_t* committed;   // [max_rows]
+  int32_t* token_ids;  // [max_rows]
+  float* confidence;   // [max_rows] probability under softmax(logits / temperature), unfiltered
+  float* logprob;      // [max_rows] log probability under softmax(logits), temperature 1
+  float* entropy;      // [max_rows] of softmax(logits / temperature), nats
+  uint8_t* committed;  // [max_rows]
 };
 
 // Reads the logits once, picks a token per row (argmax, or Gumbel-max over the top-k/top-p set with
@@ -221,16 +221,16 @@ struct Candidates {
 //   entropy_bounded:        by ascending entropy while the running sum stays <= entropy_bound, >= 1
 // Ties go to the lower position. Source: the SDAR generation script's rules (JetAstra/SDAR).
 struct UnmaskParams {
-  const void* logits;              // [num_logit_rows, vocab_size]
-  const int32_t* logit_slots;      // [num_logit_rows] rows of a slot are contiguous, ascending
-  const int32_t* logit_offsets;    // [num_logit_rows]
+  const void* logits;            // [num_logit_rows, vocab_size]
+  const int32_t* logit_slots;    // [num_logit_rows] rows of a slot are contiguous, ascending
+  const int32_t* logit_offsets;  // [num_logit_rows]
   DecodeState state;
   Candidates out;
-  int32_t* num_fresh;              // [num_slots] after the step: fresh positions in the window
-  int32_t* num_masked;             // [num_slots] after the step: masks in the current block
+  int32_t* num_fresh;   // [num_slots] after the step: fresh positions in the window
+  int32_t* num_masked;  // [num_slots] after the step: masks in the current block
   int num_logit_rows, vocab_size;
   RowMode mode;
-  DType dtype;                     // of logits
+  DType dtype;  // of logits
 };
 void unmask(const UnmaskParams&, const Execution&);
 

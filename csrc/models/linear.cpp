@@ -7,7 +7,10 @@
 namespace optimus {
 
 Linear::Linear(int n, int k, DType dtype)
-    : n_(n), k_(k), dtype_(dtype), row_major_(dtype == DType::bfloat16 && bf16_gemm_available()),
+    : n_(n),
+      k_(k),
+      dtype_(dtype),
+      row_major_(dtype == DType::bfloat16 && bf16_gemm_available()),
       staging_(size_t(n) * k * dtype_size(dtype)) {}
 
 void Linear::load_rows(int row_begin, int num_rows, const void* data) {

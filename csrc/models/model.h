@@ -30,15 +30,15 @@ struct Activations {
   Activations(const ModelConfig& config, int max_rows);
   size_t bytes() const;
 
-  Buffer<char> residual;  // [max_rows, hidden]
-  Buffer<char> normed;    // [max_rows, hidden]
-  Buffer<char> qkv;       // [max_rows, (q_heads + 2 * kv_heads) * head_dim]
-  Buffer<char> q;         // [max_rows, q_heads, head_dim]
-  Buffer<char> attended;  // [max_rows, q_heads, head_dim]
-  Buffer<char> hidden;    // [max_rows, hidden] output of o_proj and down_proj
-  Buffer<char> gate_up;   // [max_rows, 2 * intermediate]
-  Buffer<char> activated; // [max_rows, intermediate]
-  Buffer<char> logits;    // [max_rows, vocab_size]
+  Buffer<char> residual;   // [max_rows, hidden]
+  Buffer<char> normed;     // [max_rows, hidden]
+  Buffer<char> qkv;        // [max_rows, (q_heads + 2 * kv_heads) * head_dim]
+  Buffer<char> q;          // [max_rows, q_heads, head_dim]
+  Buffer<char> attended;   // [max_rows, q_heads, head_dim]
+  Buffer<char> hidden;     // [max_rows, hidden] output of o_proj and down_proj
+  Buffer<char> gate_up;    // [max_rows, 2 * intermediate]
+  Buffer<char> activated;  // [max_rows, intermediate]
+  Buffer<char> logits;     // [max_rows, vocab_size]
 };
 
 // Rows of a step as the model needs them; the arrays are those of StepRows.
@@ -94,7 +94,7 @@ class Model {
   Buffer<char> embedding_;   // [vocab_size, hidden]
   Buffer<char> final_norm_;  // [hidden]
   Linear lm_head_;
-  Buffer<float> inv_freq_;   // [head_dim / 2]
+  Buffer<float> inv_freq_;  // [head_dim / 2]
   std::vector<Layer> layers_;
   std::map<std::string, std::vector<int64_t>> expected_;
   std::map<std::string, Destination> destinations_;

@@ -57,7 +57,8 @@ void validate(const ModelConfig& c) {
 }
 
 KvCache::KvCache(const ModelConfig& c, int num_pages_, int page_size_)
-    : num_pages(num_pages_), page_size(page_size_),
+    : num_pages(num_pages_),
+      page_size(page_size_),
       layer_bytes_(size_t(num_pages_) * c.num_kv_heads * page_size_ * c.head_dim *
                    dtype_size(c.dtype)),
       data_(2 * size_t(c.num_layers) * layer_bytes_) {}
@@ -76,8 +77,8 @@ Activations::Activations(const ModelConfig& c, int max_rows) {
 }
 
 size_t Activations::bytes() const {
-  return residual.size() + normed.size() + qkv.size() + q.size() + attended.size() +
-         hidden.size() + gate_up.size() + activated.size() + logits.size();
+  return residual.size() + normed.size() + qkv.size() + q.size() + attended.size() + hidden.size() +
+         gate_up.size() + activated.size() + logits.size();
 }
 
 Model::Model(const ModelConfig& config) : config_(config) {
@@ -160,7 +161,8 @@ void Model::finish_loading() {
   OPTIMUS_CHECK(!loaded_, "[finish_loading] the model is loaded already");
   std::string missing;
   for (const auto& [name, shape] : expected_) {
-    if (!seen_.count(name)) missing += (missing.empty() ? "" : ", ") + name + " " + shape_text(shape);
+    if (!seen_.count(name))
+      missing += (missing.empty() ? "" : ", ") + name + " " + shape_text(shape);
   }
   OPTIMUS_CHECK(missing.empty(), "[finish_loading] missing tensors: ", missing);
   if (config_.tie_word_embeddings) lm_head_.load_rows(0, config_.vocab_size, embedding_.data());
@@ -199,11 +201,11 @@ void Model::attention(const Layer& layer, int layer_idx, const ForwardBatch& b, 
                          b.num_rows, c.num_q_heads, c.num_kv_heads, c.head_dim,
                          /*rotary_dim=*/c.head_dim, kv.page_size, c.rms_norm_eps, c.dtype},
                         e);
-  block_attention({a.q.data(), kv.k(layer_idx), kv.v(layer_idx), b.cu_seqlens_q, b.kv_limits,
-                   b.page_table, a.attended.data(), b.num_seqs, c.num_q_heads, c.num_kv_heads,
-                   c.head_dim, kv.page_size, b.page_table_stride,
-                   1.0f / std::sqrt(static_cast<float>(c.head_dim)), c.dtype},
-                  e);
+  block_attention(
+      {a.q.data(), kv.k(layer_idx), kv.v(layer_idx), b.cu_seqlens_q, b.kv_limits, b.page_table,
+       a.attended.data(), b.num_seqs, c.num_q_heads, c.num_kv_heads, c.head_dim, kv.page_size,
+       b.page_table_stride, 1.0f / std::sqrt(static_cast<float>(c.head_dim)), c.dtype},
+      e);
   layer.o.run(a.attended.data(), a.hidden.data(), b.num_rows, e);
 }
 

@@ -31,7 +31,7 @@ class Model:
         """Hugging Face names and shapes this model needs."""
 
     def load_tensor(self, name: str, data: np.ndarray) -> None:
-        """Copies one tensor in. `data` is C-contiguous float32, float16, or bfloat16 as uint16 bits."""
+        """Copies one tensor in: float32, float16, or bfloat16 as its bits in uint16."""
 
     def finish_loading(self) -> None:
         """Raises ValueError naming every tensor that was not loaded."""
@@ -190,7 +190,9 @@ class PagePool:
     def num_free(self) -> int: ...
 
 class PrefixCache:
-    def __init__(self, pool: PagePool, page_size: int, alignment: int, enabled: bool = True) -> None: ...
+    def __init__(
+        self, pool: PagePool, page_size: int, alignment: int, enabled: bool = True
+    ) -> None: ...
     def match(self, tokens: Sequence[int]) -> tuple[list[int], int]: ...
     def insert(
         self, tokens: Sequence[int], pages: Sequence[int], num_registered: int, num_full: int

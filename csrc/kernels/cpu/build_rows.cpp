@@ -90,16 +90,16 @@ int select_positions(const BuildRowsParams& p, int chunk_length, const uint8_t* 
 void build_current_block(RowWriter& writer, int seq, int slot, int32_t* tokens, uint8_t* status) {
   const BuildRowsParams& p = writer.p;
   const int block_length = p.state.block_length;
-  OPTIMUS_CHECK(block_length <= kMaxBlockLength, "[build_rows] block_length must be <= ",
-                kMaxBlockLength, ", got ", block_length);
+  OPTIMUS_CHECK(block_length <= kMaxBlockLength,
+                "[build_rows] block_length must be <= ", kMaxBlockLength, ", got ", block_length);
   bool is_row[kMaxBlockLength];
   int num_present = select_positions(p, p.chunk_lengths[seq], status, is_row);
   int32_t start = p.state.block_start[slot];
   for (int i = 0; i < block_length; ++i) {
     if (!is_row[i]) continue;
     bool masked = status[i] == kAbsent || status[i] == kPresent;
-    int row = writer.add_row(slot, masked ? p.mask_token_id : tokens[i], start + i,
-                             start + num_present);
+    int row =
+        writer.add_row(slot, masked ? p.mask_token_id : tokens[i], start + i, start + num_present);
     if (masked) {
       status[i] = kPresent;
       writer.add_logit_row(row, slot, i);

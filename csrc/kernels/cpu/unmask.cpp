@@ -79,8 +79,8 @@ void find_candidate(const UnmaskParams& p, int i, std::vector<float>& scratch) {
   if (state.temperature[slot] > 0.0f) {
     scale = 1.0f / state.temperature[slot];
     scaled = simd.softmax_sums(logits, p.vocab_size, scale);
-    float floor = sampling_floor(logits, p.vocab_size, scale, state.top_k[slot],
-                                 state.top_p[slot], scaled, scratch);
+    float floor = sampling_floor(logits, p.vocab_size, scale, state.top_k[slot], state.top_p[slot],
+                                 scaled, scratch);
     int32_t position = state.block_start[slot] + p.logit_offsets[i];
     token = sample_token(logits, p.vocab_size, scale, floor,
                          noise_key(state.seed[slot], position, state.denoise_step[slot]));
@@ -109,8 +109,8 @@ void apply_strategy(const UnmaskParams& p, int begin, int end, std::vector<int>&
   const DecodeState& state = p.state;
   int slot = p.logit_slots[begin];
   int steps = state.denoising_steps[slot];
-  int quota = state.block_length / steps +
-              (state.denoise_step[slot] < state.block_length % steps ? 1 : 0);
+  int quota =
+      state.block_length / steps + (state.denoise_step[slot] < state.block_length % steps ? 1 : 0);
   quota = std::min(std::max(quota, 1), end - begin);
   for (int i = begin; i < end; ++i) p.out.committed[i] = 0;
 

@@ -47,8 +47,7 @@ TEST(CommitModel, LearnsEachRankByItself) {
   const std::vector<double> truth = {0.9, 0.2, 0.7, 0.05};
   CommitModel model(5);
   const double untouched = model.probability(4);
-  const double prior_sum =
-      model.probability(1) + model.probability(2) + model.probability(3);
+  const double prior_sum = model.probability(1) + model.probability(2) + model.probability(3);
   std::mt19937 random(1);
   std::uniform_real_distribution<double> uniform;
   for (int i = 0; i < 4000; ++i) {

@@ -154,8 +154,10 @@ TEST(EngineRequests, BadArgumentsThrowAndChangeNothing) {
           [](Job& j) { j.params.max_tokens = 56; });
   rejects("temperature must be 0 (greedy) or at least 0.0001, got 1e-05",
           [](Job& j) { j.params.temperature = 1e-5f; });
-  rejects("temperature must be 0 (greedy) or at least 0.0001, got -1", [](Job& j) { j.params.temperature = -1; });
-  rejects("temperature must be 0 (greedy) or at least 0.0001, got nan", [&](Job& j) { j.params.temperature = nan; });
+  rejects("temperature must be 0 (greedy) or at least 0.0001, got -1",
+          [](Job& j) { j.params.temperature = -1; });
+  rejects("temperature must be 0 (greedy) or at least 0.0001, got nan",
+          [&](Job& j) { j.params.temperature = nan; });
   rejects("top_k must be >= 0, got -2", [](Job& j) { j.params.top_k = -2; });
   rejects("top_p must be in (0, 1], got 0", [](Job& j) { j.params.top_p = 0; });
   rejects("top_p must be in (0, 1], got nan", [&](Job& j) { j.params.top_p = nan; });

@@ -291,9 +291,8 @@ TEST(EngineConfig, BadValuesThrowWithValues) {
           [](auto& c) { c.page_size = 12; });
   rejects("chunk_length must be between 1 and block_length 8, got 9",
           [](auto& c) { c.chunk_length = 9; });
-  rejects("chunk_arms must be between 1 and block_length 8, got 0", [](auto& c) {
-    c.chunk_arms = {2, 0};
-  });
+  rejects("chunk_arms must be between 1 and block_length 8, got 0",
+          [](auto& c) { c.chunk_arms = {2, 0}; });
   EngineConfig ar = base_config(DecodeMode::ar);
   ar.page_size = 5;  // the grid is 1: any page size
   ar.chunk_length = 99;

@@ -60,18 +60,12 @@ TEST(Model, BadTensorsThrow) {
   auto load = [&](const char* name, std::vector<int64_t> shape) {
     model.load_tensor(name, shape, DType::float32, values.data());
   };
-  expect_invalid(
-      [&] {
-        load("model.layers.2.mlp.up_proj.weight", {40, 32});
-      },
-      "[load_tensor] unexpected tensor model.layers.2.mlp.up_proj.weight");
+  expect_invalid([&] { load("model.layers.2.mlp.up_proj.weight", {40, 32}); },
+                 "[load_tensor] unexpected tensor model.layers.2.mlp.up_proj.weight");
   expect_invalid([&] { load("model.norm.weight", {33}); },
                  "[load_tensor] model.norm.weight must have shape [32], got [33]");
-  expect_invalid(
-      [&] {
-        load("model.layers.0.mlp.up_proj.weight", {32, 40});
-      },
-      "must have shape [40, 32], got [32, 40]");
+  expect_invalid([&] { load("model.layers.0.mlp.up_proj.weight", {32, 40}); },
+                 "must have shape [40, 32], got [32, 40]");
   expect_invalid([&] { load("model.norm.weight", {}); }, "got []");
 }
 

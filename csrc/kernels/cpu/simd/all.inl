@@ -11,7 +11,7 @@ namespace {
 
 template <class T>
 constexpr SimdKernels<T> kernels = {
-    gemm_panel<T>, attention_tile, widen<T>,    narrow<T>,   rms_norm<T>,
+    gemm_panel<T>, attention_tile, widen<T>,    narrow<T>,       rms_norm<T>,
     norm_head<T>,  rotate_head,    silu_mul<T>, softmax_sums<T>,
 };
 
