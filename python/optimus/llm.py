@@ -44,7 +44,8 @@ class LLM:
         where the outputs of a row do not depend, to the bit, on what else is in the batch.
     decode_mode: "ar" (one token per forward), "block" (the published block-diffusion loop),
         "chunk" (`chunk_length` masked positions per forward), "elastic" (the chunk length follows
-        load and measured time, and so may a request's tokens; the other modes repeat exactly).
+        load and measured time, and so may a request's tokens; the other modes repeat exactly,
+        unless kv_policy is "auto").
     chunk_length: 1..block_length, for "chunk" only; default 4. chunk_arms: the lengths "elastic"
         may choose from; default powers of two. recompute_block: "chunk" feeds the whole block each
         step.
