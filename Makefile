@@ -26,7 +26,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PATH := $(BIN):$(PATH)
 export MAX_JOBS ?= $(JOBS)
 
-DEMO_PROMPT ?= Mia has 48 apples. Mia gives half of the apples away. Mia buys 3 boxes with 6 apples each. How many apples does Mia have now?
+DEMO_PROMPT ?= Mia has 48 apples. Mia gives half of the apples away. Mia buys 3 boxes with 6 apples each. Then Mia gives 12 apples to Leo. Later Mia finds 7 more apples. How many apples does Mia have now?
 DEMO_GENERATE = $(BIN)/optimus generate "$(DEMO_PROMPT)"
 DEMO_BENCH = $(BIN)/optimus bench offline --concurrency 1,4 --modes ar,block,chunk,elastic --num-prompts 16
 
