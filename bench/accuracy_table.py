@@ -106,9 +106,15 @@ def summarise(
     }
 
 
-def paired_difference(a: str, b: str) -> tuple[float, float]:
-    """Mean of b - a over paired prompts and the half width of its 95% interval, in points."""
-    differences = [int(y) - int(x) for x, y in zip(a, b, strict=True)]
+def paired_difference(a: Sequence[str], b: Sequence[str]) -> tuple[float, float]:
+    """Mean of b - a over paired prompts and the half width of its 95% interval, in points.
+
+    a, b: 0/1 per prompt of one arm, or of several, which are averaged per prompt first.
+    """
+    differences = [
+        sum(int(y) - int(x) for x, y in zip(xs, ys, strict=True)) / len(a)
+        for xs, ys in zip(zip(*a, strict=True), zip(*b, strict=True), strict=True)
+    ]
     n = len(differences)
     mean = sum(differences) / n
     variance = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
@@ -128,7 +134,7 @@ def markdown(result: dict[str, Any], reference: float = 0.99) -> str:
         low, high = arm["interval_95"]
         block = arms.get(f"block t={arm.get('threshold', reference)}")
         difference = "" if block is None or block is arm else "{:+.1f} ± {:.1f}".format(
-            *paired_difference(block["correct"], arm["correct"])
+            *paired_difference([block["correct"]], [arm["correct"]])
         )  # fmt: skip
         mode = arm["mode"] + (f" {arm['chunk_length']}" if arm["mode"] == "chunk" else "")
         threshold = arm.get("threshold", "any" if arm["mode"] == "chunk" else "")

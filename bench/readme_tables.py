@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accuracy_table import CHUNK_LENGTHS, paired_difference
 from accuracy_table import markdown as accuracy_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,27 @@ def accuracy_recommended() -> str:
         f"{accuracy_markdown({**result, 'arms': arms})}\n\n{prompts} paired prompts, fp32. "
         f"{source(result, name)} All thresholds: "
         "[model card](python/optimus/assets/demo/MODEL_CARD.md)."
+    )
+
+
+def kv_policy() -> str:
+    """Why `auto` is the default, in the figures of the table."""
+    arms = {arm["name"]: arm for arm in read("accuracy_cpu.json")["arms"]}
+    threshold = json.loads((DEMO / "generation_config.json").read_text())["confidence_threshold"]
+    gains, costs = [], []
+    pairs = []
+    for c in CHUNK_LENGTHS[1:]:
+        freeze = arms[f"chunk c={c} freeze t={threshold}"]
+        refresh = arms[f"chunk c={c} refresh t={threshold}"]
+        gains.append(100 * (refresh["exact_match"] - freeze["exact_match"]))
+        costs.append(100 * (refresh["rows_per_token"] / freeze["rows_per_token"] - 1))
+        pairs.append((freeze["correct"], refresh["correct"]))
+    mean, half = paired_difference([p[0] for p in pairs], [p[1] for p in pairs])
+    return (
+        f"Why `auto` is the default: at c >= 2 `refresh` gains {min(gains):+.1f} to "
+        f"{max(gains):+.1f} points over `freeze` ({mean:+.1f} ± {half:.1f} averaged over them) for "
+        f"{min(costs):.0f} to {max(costs):.0f}% more rows. That is worth it where rows are free, "
+        "and not where they cost."
     )
 
 
@@ -111,6 +133,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy-all": accuracy_all,
     "accuracy-recommended": accuracy_recommended,
     "accuracy-families": families,
+    "kv-policy": kv_policy,
     "plain-torch": plain_torch,
     "offline": offline,
 }
