@@ -3,75 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/names.h"
 #include "engine/engine.h"
 
-namespace py = pybind11;
 using namespace optimus;
 
 namespace {
-
-// Enumerations cross the border as the strings users write.
-template <class E>
-struct Names {
-  const char* field;
-  std::vector<std::pair<E, const char*>> names;
-
-  const char* of(E value) const {
-    for (const auto& [known, name] : names) {
-      if (known == value) return name;
-    }
-    throw std::logic_error(concat("unnamed ", field));
-  }
-  E parse(const std::string& text) const {
-    std::string choices;
-    for (const auto& [value, name] : names) {
-      if (text == name) return value;
-      choices += (choices.empty() ? "" : ", ") + std::string(name);
-    }
-    throw std::invalid_argument(concat("[", field, "] must be one of ", choices, ", got ", text));
-  }
-};
-
-const Names<DType> kDTypes{"dtype", {{DType::float32, "float32"}, {DType::bfloat16, "bfloat16"}}};
-const Names<DecodeMode> kDecodeModes{"decode_mode",
-                                     {{DecodeMode::ar, "ar"},
-                                      {DecodeMode::block, "block"},
-                                      {DecodeMode::chunk, "chunk"},
-                                      {DecodeMode::elastic, "elastic"}}};
-const Names<KvPolicy> kKvPolicies{
-    "kv_policy",
-    {{KvPolicy::freeze, "freeze"}, {KvPolicy::refresh, "refresh"}, {KvPolicy::auto_, "auto"}}};
-const Names<UnmaskingStrategy> kStrategies{"unmasking_strategy",
-                                           {{kLowConfidenceDynamic, "low_confidence_dynamic"},
-                                            {kLowConfidenceStatic, "low_confidence_static"},
-                                            {kSequential, "sequential"},
-                                            {kEntropyBounded, "entropy_bounded"}}};
-const Names<RequestStatus> kStatuses{"status",
-                                     {{RequestStatus::waiting, "waiting"},
-                                      {RequestStatus::prefilling, "prefilling"},
-                                      {RequestStatus::decoding, "decoding"},
-                                      {RequestStatus::finished, "finished"}}};
-
-py::object finish_reason(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::none:
-      return py::none();
-    case FinishReason::stop:
-      return py::str("stop");
-    case FinishReason::length:
-      return py::str("length");
-    case FinishReason::abort:
-      return py::str("abort");
-  }
-  throw std::logic_error("unnamed finish_reason");
-}
-
-template <class Owner, class E>
-void def_enum(py::class_<Owner>& cls, const char* name, E Owner::*field, const Names<E>& names) {
-  cls.def_property(
-      name, [field, &names](const Owner& self) { return names.of(self.*field); },
-      [field, &names](Owner& self, const std::string& text) { self.*field = names.parse(text); });
-}
 
 void bind_model(py::module_& m) {
   py::class_<ModelConfig> config(m, "ModelConfig");
@@ -121,102 +58,6 @@ void bind_model(py::module_& m) {
       .def("weight_bytes", &Model::weight_bytes);
 }
 
-void bind_configs(py::module_& m) {
-  py::class_<EngineConfig> config(m, "EngineConfig");
-  config.def(py::init<>())
-      .def_readwrite("block_length", &EngineConfig::block_length)
-      .def_readwrite("chunk_length", &EngineConfig::chunk_length)
-      .def_readwrite("recompute_block", &EngineConfig::recompute_block)
-      .def_readwrite("chunk_arms", &EngineConfig::chunk_arms)
-      .def_readwrite("max_num_seqs", &EngineConfig::max_num_seqs)
-      .def_readwrite("max_num_batched_rows", &EngineConfig::max_num_batched_rows)
-      .def_readwrite("max_model_len", &EngineConfig::max_model_len)
-      .def_readwrite("page_size", &EngineConfig::page_size)
-      .def_readwrite("num_pages", &EngineConfig::num_pages)
-      .def_readwrite("enable_prefix_cache", &EngineConfig::enable_prefix_cache)
-      .def_readwrite("num_threads", &EngineConfig::num_threads)
-      .def_readwrite("eos_token_ids", &EngineConfig::eos_token_ids)
-      .def_readwrite("shuffle_pages", &EngineConfig::shuffle_pages);
-  def_enum(config, "decode_mode", &EngineConfig::decode_mode, kDecodeModes);
-  def_enum(config, "kv_policy", &EngineConfig::kv_policy, kKvPolicies);
-
-  py::class_<SamplingParams> params(m, "SamplingParams");
-  params.def(py::init<>())
-      .def_readwrite("temperature", &SamplingParams::temperature)
-      .def_readwrite("top_k", &SamplingParams::top_k)
-      .def_readwrite("top_p", &SamplingParams::top_p)
-      .def_readwrite("seed", &SamplingParams::seed)
-      .def_readwrite("max_tokens", &SamplingParams::max_tokens)
-      .def_readwrite("ignore_eos", &SamplingParams::ignore_eos)
-      .def_readwrite("stop_token_ids", &SamplingParams::stop_token_ids)
-      .def_readwrite("confidence_threshold", &SamplingParams::confidence_threshold)
-      .def_readwrite("entropy_bound", &SamplingParams::entropy_bound)
-      .def_readwrite("denoising_steps", &SamplingParams::denoising_steps);
-  def_enum(params, "unmasking_strategy", &SamplingParams::unmasking_strategy, kStrategies);
-}
-
-// One list per field of the output tokens, as Python reads them.
-template <class Field>
-auto output_column(Field OutputToken::*field) {
-  return [field](const Request& self) {
-    std::vector<Field> values;
-    for (const OutputToken& token : self.output) values.push_back(token.*field);
-    return values;
-  };
-}
-
-void bind_outputs(py::module_& m) {
-  py::class_<RequestMetrics>(m, "RequestMetrics")
-      .def_readonly("nfe", &RequestMetrics::nfe)
-      .def_readonly("decode_rows", &RequestMetrics::decode_rows)
-      .def_readonly("prefill_rows", &RequestMetrics::prefill_rows)
-      .def_readonly("cached_prompt_tokens", &RequestMetrics::cached_prompt_tokens)
-      .def_readonly("num_preemptions", &RequestMetrics::num_preemptions)
-      .def_readonly("chunk_histogram", &RequestMetrics::chunk_histogram)
-      .def_readonly("arrival_s", &RequestMetrics::arrival_s)
-      .def_readonly("first_token_s", &RequestMetrics::first_token_s)
-      .def_readonly("finish_s", &RequestMetrics::finish_s);
-  py::class_<Commit>(m, "Commit")
-      .def_readonly("output_idx", &Commit::output_idx)
-      .def_property_readonly("token_id", [](const Commit& c) { return c.token.token_id; })
-      .def_property_readonly("logprob", [](const Commit& c) { return c.token.logprob; })
-      .def_property_readonly("confidence", [](const Commit& c) { return c.token.confidence; })
-      .def_property_readonly("step", [](const Commit& c) { return c.token.step; });
-  py::class_<RequestUpdate>(m, "RequestUpdate")
-      .def_readonly("id", &RequestUpdate::id)
-      .def_readonly("commits", &RequestUpdate::commits)
-      .def_readonly("num_known", &RequestUpdate::num_known)
-      .def_property_readonly("finish_reason",
-                             [](const RequestUpdate& u) { return finish_reason(u.finish_reason); });
-  py::class_<StepRecord>(m, "StepRecord")
-      .def_readonly("step", &StepRecord::step)
-      .def_readonly("rows", &StepRecord::rows)
-      .def_readonly("prefill_rows", &StepRecord::prefill_rows)
-      .def_readonly("logit_rows", &StepRecord::logit_rows)
-      .def_readonly("num_seqs", &StepRecord::num_seqs)
-      .def_readonly("chunk_length", &StepRecord::chunk_length)
-      .def_readonly("refresh_rows", &StepRecord::refresh_rows)
-      .def_readonly("commits", &StepRecord::commits)
-      .def_readonly("predicted_ms", &StepRecord::predicted_ms)
-      .def_readonly("forward_ms", &StepRecord::forward_ms)
-      .def_readonly("step_ms", &StepRecord::step_ms)
-      .def_readonly("reason", &StepRecord::reason);
-  py::class_<StepOutput>(m, "StepOutput")
-      .def_readonly("updates", &StepOutput::updates)
-      .def_readonly("record", &StepOutput::record);
-  py::class_<Request>(m, "RequestState")
-      .def_readonly("id", &Request::id)
-      .def_readonly("prompt_token_ids", &Request::prompt)
-      .def_property_readonly("status", [](const Request& r) { return kStatuses.of(r.status); })
-      .def_property_readonly("finish_reason",
-                             [](const Request& r) { return finish_reason(r.finish_reason); })
-      .def_property_readonly("output_token_ids", output_column(&OutputToken::token_id))
-      .def_property_readonly("output_logprobs", output_column(&OutputToken::logprob))
-      .def_property_readonly("output_confidences", output_column(&OutputToken::confidence))
-      .def_property_readonly("output_steps", output_column(&OutputToken::step))
-      .def_readonly("metrics", &Request::metrics);
-}
-
 py::array_t<float> forward(Engine& self, const std::vector<int32_t>& token_ids,
                            const std::vector<int32_t>& positions,
                            const std::vector<int32_t>& kv_limits,
@@ -224,12 +65,6 @@ py::array_t<float> forward(Engine& self, const std::vector<int32_t>& token_ids,
   std::vector<float> logits = self.forward(token_ids, positions, kv_limits, page_ids);
   py::ssize_t rows = static_cast<py::ssize_t>(token_ids.size());
   return py::array_t<float>({rows, static_cast<py::ssize_t>(logits.size()) / rows}, logits.data());
-}
-
-py::list as_pairs(const std::vector<LatencyModel::Point>& points) {
-  py::list pairs;
-  for (const auto& point : points) pairs.append(py::make_tuple(point.rows, point.ms));
-  return pairs;
 }
 
 void bind_engine(py::module_& m) {
@@ -246,17 +81,22 @@ void bind_engine(py::module_& m) {
       .def("stop_request", &Engine::stop_request, py::arg("id"), py::arg("num_tokens"))
       .def("abort", &Engine::abort, py::arg("id"))
       .def("release", &Engine::release, py::arg("id"))
+      .def("profile", &Engine::profile, py::arg("repeats") = 3)
+      .def("set_profile", &Engine::set_profile, py::arg("profile"))
+      .def_property_readonly("overhead_ms",
+                             [](Engine& self) { return self.core().latency().overhead_ms(); })
       .def(
-          "profile", [](Engine& self, int repeats) { return as_pairs(self.profile(repeats)); },
-          py::arg("repeats") = 3)
-      .def(
-          "set_profile",
-          [](Engine& self, const std::vector<std::pair<int, double>>& pairs) {
-            std::vector<LatencyModel::Point> points;
-            for (const auto& [rows, ms] : pairs) points.push_back({rows, ms});
-            self.set_profile(std::move(points));
+          "predict_ms",
+          [](Engine& self, int rows, int prefill_rows, int64_t kv_tokens) {
+            return self.core().latency().predict({rows, prefill_rows, kv_tokens});
           },
-          py::arg("points"))
+          py::arg("rows"), py::arg("prefill_rows") = 0, py::arg("kv_tokens") = 0)
+      .def(
+          "relative_error",
+          [](Engine& self, int rows) { return self.core().latency().relative_error(rows); },
+          py::arg("rows"))
+      .def("step_records", [](Engine& self) { return self.core().log().records(); })
+      .def("reliability", [](Engine& self) { return reliability(self.core().commits()); })
       .def("forward", &forward, py::arg("token_ids"), py::arg("positions"), py::arg("kv_limits"),
            py::arg("page_ids"))
       .def_property_readonly("num_free_pages",
@@ -324,4 +164,5 @@ PYBIND11_MODULE(_C, m) {
   bind_outputs(m);
   bind_engine(m);
   bind_pages(m);
+  bind_simulator(m);
 }

@@ -1,30 +1,38 @@
 // What the scheduler decides for one step, and what came of it.
 #pragma once
 
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "engine/chunk_policy.h"
 #include "engine/request.h"
 
 namespace optimus {
 
-enum class DecodeMode : uint8_t { ar, block, chunk, elastic };
-enum class KvPolicy : uint8_t { freeze, refresh, auto_ };
+enum class DecodeMode : uint8_t { ar, block, chunk, schedule, elastic, elastic_per_request };
 
 struct EngineConfig {
   DecodeMode decode_mode = DecodeMode::elastic;
   KvPolicy kv_policy = KvPolicy::refresh;
   int block_length = 32;
-  int chunk_length = 4;          // chunk mode
-  bool recompute_block = false;  // chunk mode: feed the whole block every step
-  std::vector<int> chunk_arms;   // elastic mode; empty = powers of two, 2..block_length
+  int chunk_length = 4;                             // chunk mode
+  bool recompute_block = false;                     // chunk mode: feed the whole block every step
+  std::vector<std::pair<int, int>> chunk_schedule;  // schedule mode: (most requests, chunk length)
+  std::vector<int> chunk_arms;             // elastic modes; empty = powers of two, 2..block_length
+  std::vector<MeasuredArm> measured_arms;  // elastic modes: calibration; empty = nothing known
+  std::optional<double> quality_floor;     // elastic modes: accuracy; none = block decode's
+  double target_tpot_ms = 0;               // per request and output token; 0 = none
+  double target_ttft_ms = 0;               // arrival to first token; 0 = none
   int max_num_seqs = 16;
   int max_num_batched_rows = 512;
   int max_model_len = 2048;
   int page_size = 32;
   int num_pages = 1024;
   bool enable_prefix_cache = true;
-  int num_threads = 0;  // 0 = all cores
+  int num_threads = 0;       // 0 = all cores
+  int step_log_size = 4096;  // steps remembered
   std::vector<int32_t> eos_token_ids;
   bool shuffle_pages = false;  // hand pages out in random order (tests)
 
@@ -35,6 +43,10 @@ struct EngineConfig {
     bool whole =
         decode_mode == DecodeMode::block || (decode_mode == DecodeMode::chunk && recompute_block);
     return whole ? RowMode::block : RowMode::chunk;
+  }
+  // Chunk lengths follow measured time, and so may a request's tokens.
+  bool is_elastic() const {
+    return decode_mode == DecodeMode::elastic || decode_mode == DecodeMode::elastic_per_request;
   }
 };
 
@@ -51,20 +63,40 @@ struct SeqPlan {
 
 struct StepPlan {
   std::vector<SeqPlan> seqs;
-  int num_rows = 0;  // upper bound
+  int num_rows = 0;  // exactly
   int prefill_rows = 0;
   int refresh_rows = 0;
-  int chunk_length = 0;  // the policy's choice, 0 without decode rows
-  double predicted_ms = 0;
-  std::string reason;
+  int num_decoding = 0;
+  int64_t kv_tokens = 0;
+  double predicted_ms = 0;  // 0 = no profile
+  ChunkDecision decision;   // of the decode rows
+
+  StepLoad load() const { return {num_rows, prefill_rows, kv_tokens}; }
+  void clear() {
+    seqs.clear();
+    num_rows = prefill_rows = refresh_rows = num_decoding = 0;
+    kv_tokens = 0;
+    predicted_ms = 0;
+    decision = {};
+  }
 };
 
+// What one step did, and why.
 struct StepRecord {
-  uint64_t step = 0;
-  int rows = 0, prefill_rows = 0, logit_rows = 0, num_seqs = 0;
-  int chunk_length = 0, refresh_rows = 0, commits = 0;
-  double predicted_ms = 0, forward_ms = 0, step_ms = 0;
+  uint64_t step = 0;   // from 1
+  double start_s = 0;  // engine clock
+  int rows = 0, prefill_rows = 0, refresh_rows = 0, logit_rows = 0;
+  int num_seqs = 0, num_decoding = 0, num_waiting = 0;
+  int64_t kv_tokens = 0;
+  int chunk_length = 0;  // the policy's choice (per request: the longest), 0 without decode rows
+  bool refresh = false;  // finished blocks are refreshed
+  std::vector<uint16_t> chunk_lengths;  // masks each decoding request evaluated
+  int commits = 0;
+  double expected_commits = 0, predicted_ms = 0;  // 0 = not estimated
+  double forward_ms = 0, step_ms = 0;
+  bool meets_target = true;
   std::string reason;
+  std::vector<ArmEstimate> arms;  // what an elastic policy compared
 };
 
 struct StepOutput {

@@ -1,55 +1,132 @@
 // Chooses how many masks each request evaluates in the next step. Plain arithmetic, no CUDA, no
 // torch.
+//
+//   fixed                one chunk length
+//   schedule             a table from the number of decoding requests to a chunk length
+//   elastic              one chunk length for the batch: most expected commits per predicted time
+//   elastic_per_request  rows go to the masks with the largest expected commits over all requests,
+//                        until the next rows do not pay for their time
 #pragma once
 
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "engine/commit_model.h"
 #include "engine/latency_model.h"
+#include "engine/quality.h"
 
 namespace optimus {
 
+enum class ChunkPolicyKind : uint8_t { fixed, schedule, elastic, elastic_per_request };
+enum class KvPolicy : uint8_t { freeze, refresh, auto_ };
+
+struct ChunkPolicyConfig {
+  ChunkPolicyKind kind = ChunkPolicyKind::fixed;
+  int block_length = 32;
+  std::vector<int> chunk_lengths;  // to choose among, ascending; fixed: exactly one
+  std::vector<std::pair<int, int>>
+      schedule;  // (at most this many requests, chunk length), ascending
+  KvPolicy kv_policy = KvPolicy::freeze;
+  QualityFloor quality;
+  double target_tpot_ms = 0;  // per request and output token; 0 = none
+  double min_gain = 0.02;     // a switch must gain more than this share
+};
+
 // What the policy sees of one decoding request.
 struct RequestLoad {
-  int num_masked;  // masks left in its block
-  int num_fresh;   // rows it must feed anyway
+  int num_masked = 0;      // masks left in its block
+  int num_fresh = 0;       // rows it must feed anyway
+  int context_len = 0;     // keys it reads
+  int commit_context = 0;  // CommitModel::context
+  float threshold = 0;
+  const MaskHistory* history = nullptr;  // elastic_per_request; null = nothing known
+};
+
+// One chunk length as the policy judged it, in its steady state.
+struct ArmEstimate {
+  int chunk_length = 0;
+  bool refresh = false;
+  double commits = 0, rows = 0, ms = 0;  // per step, whole batch
+  double tpot_ms = 0;
+  const char* verdict = "";  // static text
+  double rate() const { return commits / ms; }
 };
 
 struct ChunkDecision {
-  int chunk_length;             // for every request of the batch
-  double expected_commits = 0;  // of the whole batch; 0 when not estimated
-  double predicted_ms = 0;      // 0 when not estimated
-  const char* reason = "";      // static text
+  int chunk_length = 0;                           // batch-wide; elastic_per_request: the longest
+  bool refresh = false;                           // finished blocks are refreshed
+  double expected_commits = 0, predicted_ms = 0;  // 0 when not estimated
+  bool meets_target = true;                       // of target_tpot_ms
+  const char* reason = "";                        // static text
 };
 
 class ChunkPolicy {
  public:
-  static ChunkPolicy fixed(int chunk_length);
-  // Arms: chunk lengths to choose among, strictly ascending, at most block_length. Switches only
-  // for a relative gain above min_gain.
-  static ChunkPolicy elastic(std::vector<int> arms, int block_length, double min_gain = 0.02);
+  explicit ChunkPolicy(ChunkPolicyConfig config);
 
-  bool is_fixed() const { return arms_.size() == 1; }
-
-  // `other_rows`: prefill rows that will share the step. Elastic: the arm with the largest expected
-  // commits per predicted millisecond, in the steady state where every commit is fed once more (so
-  // the present num_fresh, which the last arm left behind, does not count; a request without masks
-  // feeds its fresh rows only). Without a profile the trained block; with nothing to decode the
-  // arm in use. Never 0.
-  ChunkDecision choose(const std::vector<RequestLoad>& loads, int other_rows,
+  // `other`: prefill that will share the step. Elastic kinds: without a profile the trained block;
+  // with nothing to decode the length in use. Never 0 for a request with masks.
+  ChunkDecision choose(const std::vector<RequestLoad>& loads, const StepLoad& other,
                        const LatencyModel& latency, const CommitModel& commits);
 
- private:
-  ChunkPolicy(std::vector<int> arms, int block_length, double min_gain);
+  // Of the last choose(): masks each request evaluates, and whether a block decoded so must be
+  // refreshed when it is done (measured quality asks for it).
+  const std::vector<int>& chunk_lengths() const { return lengths_; }
+  const std::vector<uint8_t>& needs_refresh() const { return needs_refresh_; }
+  // What elastic kinds compared; empty for the others.
+  const std::vector<ArmEstimate>& arms() const { return arms_; }
 
-  std::vector<int> arms_;
-  int block_length_ = 0;
-  double min_gain_ = 0;
-  int current_ = 0;  // last choice, 0 = none
+ private:
+  // A chunk length that is good enough, and how its finished blocks must be treated.
+  struct Choice {
+    int chunk_length = 0;
+    bool refresh = false;
+  };
+  struct Group {  // requests of one commit context
+    int num_requests = 0;
+    std::vector<int> with_masks;     // [block_length + 1] requests by masks left
+    std::vector<double> commits_of;  // [block_length + 1]
+    std::vector<Choice> choices;     // [2 * arms]: freeze, refresh of each
+    std::vector<float> table;        // CommitModel::history_table
+    int shortest = 0, longest = 0;   // lengths to allocate between
+    bool refresh = false;
+  };
+  struct Segment {
+    float gain;  // expected commits per row
+    int rows;
+  };
+
+  void check() const;
+  void choose_fixed(int chunk_length, const std::vector<RequestLoad>& loads);
+  Choice admitted(float threshold, int arm, bool refresh) const;
+  void group(const std::vector<RequestLoad>& loads, const CommitModel& commits);
+  double refresh_share(const Group& group, int chunk_length) const;
+  ArmEstimate estimate(int arm, bool refresh, const StepLoad& other,
+                       const LatencyModel& latency) const;
+  void estimate_arms(const StepLoad& other, const LatencyModel& latency);
+  int best_arm(bool& meets_target) const;
+  void assign(int arm, const std::vector<RequestLoad>& loads);
+  void allocate(int arm, const std::vector<RequestLoad>& loads, const StepLoad& other,
+                const LatencyModel& latency, const CommitModel& commits, ChunkDecision& decision);
+  void set_range(Group& group, bool refresh) const;
+  void open_segments(const RequestLoad& load, const Group& group, int first, int last);
+
+  ChunkPolicyConfig config_;
+  int current_ = -1;  // index into arms_, -1 = none
+  // Working memory of a decision.
+  std::vector<int> lengths_;
+  std::vector<uint8_t> needs_refresh_;
+  std::vector<ArmEstimate> arms_;
+  std::vector<Group> groups_;
+  int without_masks_rows_ = 0;
+  int64_t kv_tokens_ = 0;
+  std::vector<Segment> segments_;  // of all requests
+  std::vector<int> segment_ends_;  // per request
 };
 
-// `auto` KV policy: are `refresh_rows` more rows free (below the knee: at most 2% more time) in a
-// step of `rows`? False without a profile.
-bool refresh_is_free(const LatencyModel& latency, int rows, int refresh_rows);
+// `auto` KV policy: are `refresh_rows` more rows free (below the knee: at most 2% more time) in this
+// step? False without a profile.
+bool refresh_is_free(const LatencyModel& latency, const StepLoad& load, int refresh_rows);
 
 }  // namespace optimus

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <memory>
-#include <unordered_map>
 
+#include "engine/engine_core.h"
 #include "engine/runner.h"
-#include "engine/scheduler.h"
 
 namespace optimus {
 
@@ -14,55 +13,40 @@ class Engine {
   // The model must be loaded and outlive the engine.
   Engine(std::shared_ptr<const Model> model, const EngineConfig& config);
 
-  const EngineConfig& config() const { return config_; }
+  const EngineConfig& config() const { return core_.config(); }
   const Model& model() const { return *model_; }
 
   // Queues a request. Throws std::invalid_argument, and changes nothing, when it can never run.
   uint64_t add_request(std::vector<int32_t> prompt, SamplingParams params);
   StepOutput step();
-  bool has_unfinished() const { return num_unfinished_ > 0; }
-  const Request& request(uint64_t id) const;
+  bool has_unfinished() const { return core_.has_unfinished(); }
+  const Request& request(uint64_t id) const { return core_.request(id); }
   // Ends a request after `num_tokens` output tokens: the caller found a stop string there.
   void stop_request(uint64_t id, int num_tokens);
   void abort(uint64_t id);
   // Forgets a finished request.
-  void release(uint64_t id);
+  void release(uint64_t id) { core_.release(id); }
 
-  // Measures forwards over row counts and installs the table. Only while idle.
-  std::vector<LatencyModel::Point> profile(int repeats);
-  void set_profile(std::vector<LatencyModel::Point> points);
+  // Measures forwards over row counts and contexts and installs the curves. Only while idle.
+  LatencyProfile profile(int repeats);
+  void set_profile(LatencyProfile profile);
+  // Rows of one sequence over the given pages; fp32 logits [rows, vocab_size]. Only while idle.
   std::vector<float> forward(const std::vector<int32_t>& token_ids,
                              const std::vector<int32_t>& positions,
                              const std::vector<int32_t>& kv_limits,
                              const std::vector<int32_t>& page_ids);
 
-  Scheduler& scheduler() { return scheduler_; }
+  EngineCore& core() { return core_; }
+  Scheduler& scheduler() { return core_.scheduler(); }
   const Runner& runner() const { return runner_; }
 
  private:
-  void check_prompt(const std::vector<int32_t>& prompt) const;
-  Request& find(uint64_t id, const char* what);
-  void update(const StepPlan& plan, const StepResult& result, StepOutput& output);
-  void update_prefill(const SeqPlan& seq);
-  // Returns the number of logits rows of the sequence.
-  int update_decode(const SeqPlan& seq, const StepResult& result, int first_logit_row,
-                    RequestUpdate& update);
-  void record_commit(Request& request, int output_idx, OutputToken token, RequestUpdate& update);
-  // Finds the end of the output among newly known tokens.
-  FinishReason check_finished(Request& request);
-  void finish(Request& request, FinishReason reason);
-  void check_idle(const char* what) const;
+  class ProfilePages;
+  std::vector<int> profile_rows() const;
 
   std::shared_ptr<const Model> model_;
-  EngineConfig config_;
-  Scheduler scheduler_;
+  EngineCore core_;
   Runner runner_;
-  LatencyModel latency_;
-  CommitModel commits_;
-  std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
-  uint64_t next_id_ = 1;
-  uint64_t step_ = 0;
-  int num_unfinished_ = 0;
 };
 
 }  // namespace optimus

@@ -6,6 +6,7 @@
 #include <map>
 #include <vector>
 
+#include "engine/commit_model.h"
 #include "kernels/ops.h"
 
 namespace optimus {
@@ -66,6 +67,11 @@ struct Request {
   int block_start = 0;
   int num_fresh = 0;
   int num_masked = 0;
+  // What the policy knows of it.
+  int commit_context = 0;               // CommitModel::context of its unmasking rule
+  MaskHistory history;                  // of the current block's masks
+  bool block_needs_refresh = false;     // the current block was decoded by an arm that asks for it
+  bool previous_needs_refresh = false;  // so was the previous one
   bool previous_block_pending = false;  // the block before block_start still has fresh positions
   bool window_open = false;             // the slot's device state belongs to this request
   bool replays_block = false;           // preempted: outputs of the current block are decoded again

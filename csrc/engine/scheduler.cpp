@@ -1,7 +1,9 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <cmath>
 #include <random>
+#include <utility>
 
 #include "core/check.h"
 
@@ -11,29 +13,46 @@ namespace {
 int round_down(int value, int multiple) { return value / multiple * multiple; }
 int divide_up(int value, int by) { return (value + by - 1) / by; }
 
-ChunkPolicy make_policy(const EngineConfig& config) {
+ChunkPolicyConfig policy_config(const EngineConfig& config) {
+  ChunkPolicyConfig policy;
+  policy.block_length = config.block_length;
+  policy.kv_policy = config.kv_policy;
   switch (config.decode_mode) {
     case DecodeMode::ar:
-      return ChunkPolicy::fixed(1);
+      policy.chunk_lengths = {1};
+      return policy;
     case DecodeMode::block:
-      return ChunkPolicy::fixed(config.block_length);
+      policy.chunk_lengths = {config.block_length};
+      return policy;
     case DecodeMode::chunk:
-      return ChunkPolicy::fixed(config.chunk_length);
+      policy.chunk_lengths = {config.chunk_length};
+      return policy;
+    case DecodeMode::schedule:
+      policy.kind = ChunkPolicyKind::schedule;
+      policy.schedule = config.chunk_schedule;
+      return policy;
     case DecodeMode::elastic:
+      policy.kind = ChunkPolicyKind::elastic;
+      break;
+    case DecodeMode::elastic_per_request:
+      policy.kind = ChunkPolicyKind::elastic_per_request;
       break;
   }
-  std::vector<int> arms = config.chunk_arms;
-  if (arms.empty()) {
-    for (int c = 2; c < config.block_length; c *= 2) arms.push_back(c);
-    arms.push_back(config.block_length);
+  policy.chunk_lengths = config.chunk_arms;
+  if (policy.chunk_lengths.empty()) {
+    for (int c = 2; c < config.block_length; c *= 2) policy.chunk_lengths.push_back(c);
+    policy.chunk_lengths.push_back(config.block_length);
   }
-  return ChunkPolicy::elastic(arms, config.block_length);
+  policy.quality = QualityFloor(config.measured_arms, config.quality_floor);
+  policy.target_tpot_ms = config.target_tpot_ms;
+  return policy;
 }
 
 // Decoding the current block again from a clean context commits the same tokens: nothing in it
 // depends on load, and refreshed context does not depend on how it came about.
 bool replays_exactly(const EngineConfig& config) {
-  return config.decode_mode != DecodeMode::elastic && config.kv_policy == KvPolicy::refresh;
+  return !config.is_elastic() && config.decode_mode != DecodeMode::schedule &&
+         config.kv_policy == KvPolicy::refresh;
 }
 
 }  // namespace
@@ -55,6 +74,12 @@ void validate(const EngineConfig& c) {
   at_least("num_pages", c.num_pages, 1);
   at_least("max_model_len", c.max_model_len, c.grid());
   at_least("num_threads", c.num_threads, 0);
+  at_least("step_log_size", c.step_log_size, 0);
+  for (const auto& [name, value] : {std::pair("target_tpot_ms", c.target_tpot_ms),
+                                    std::pair("target_ttft_ms", c.target_ttft_ms)}) {
+    OPTIMUS_CHECK(std::isfinite(value) && value >= 0, "[engine_config] ", name,
+                  " must not be negative, got ", value);
+  }
   // Room for a refreshed block and a current one beside the prompts' quarter.
   at_least("max_num_batched_rows", c.max_num_batched_rows, 4 * c.grid());
   OPTIMUS_CHECK(c.page_size % c.grid() == 0 || c.grid() % c.page_size == 0,
@@ -68,7 +93,7 @@ Scheduler::Scheduler(const EngineConfig& config)
     : config_(config),
       pool_(config.num_pages),
       prefix_cache_(pool_, config.page_size, config.grid(), config.enable_prefix_cache),
-      policy_(make_policy(config)) {
+      policy_(policy_config(config)) {
   for (int slot = config.max_num_seqs - 1; slot >= 0; --slot) free_slots_.push_back(slot);
   if (config.shuffle_pages) {
     std::vector<int32_t> pages;
@@ -93,6 +118,7 @@ void Scheduler::add(Request* request) {
 void Scheduler::remove(Request* request) {
   auto waiting = std::find(waiting_.begin(), waiting_.end(), request);
   if (waiting != waiting_.end()) waiting_.erase(waiting);
+  refused_with_ = -1;
   auto running = std::find(running_.begin(), running_.end(), request);
   if (running != running_.end()) {
     running_.erase(running);
@@ -100,15 +126,18 @@ void Scheduler::remove(Request* request) {
   }
 }
 
-StepPlan Scheduler::plan(const LatencyModel& latency, const CommitModel& commits) {
+const StepPlan& Scheduler::plan(double now_s, const LatencyModel& latency,
+                                const CommitModel& commits) {
   ++step_;
   preempted_ = false;
-  StepPlan plan;
+  plan_.clear();
   secure_decode_pages();
   admit();
-  plan_decode(plan, latency, commits);
-  plan_prefill(plan);
-  return plan;
+  plan_decode(latency, commits);
+  plan_prefill(now_s, latency);
+  if (latency.has_profile() && !plan_.seqs.empty())
+    plan_.predicted_ms = latency.predict(plan_.load());
+  return plan_;
 }
 
 // Positions that must have pages before a decode step: everything its rows read or write.
@@ -130,9 +159,13 @@ void Scheduler::secure_decode_pages() {
   }
 }
 
+// A request that did not fit is not tried again before there are more pages than then.
 void Scheduler::admit() {
   while (!waiting_.empty() && !free_slots_.empty() && !preempted_) {
-    if (!start(waiting_.front())) return;
+    const int pages = pool_.num_free() + prefix_cache_.num_evictable();
+    if (refused_with_ >= 0 && pages <= refused_with_ && !running_.empty()) return;
+    refused_with_ = start(waiting_.front()) ? -1 : pages;
+    if (refused_with_ >= 0) return;
     waiting_.pop_front();
   }
 }
@@ -173,6 +206,8 @@ bool Scheduler::start(Request* request) {
 void Scheduler::begin_decode(Request* request) {
   request->status = RequestStatus::decoding;
   request->window_open = false;
+  request->history = {};
+  request->block_needs_refresh = request->previous_needs_refresh = false;
   int grid = config_.grid();
   int known_end = request->prompt_len() + (request->replays_block ? 0 : request->num_known);
   int known = std::max(0, std::min(known_end - request->block_start, grid));
@@ -201,6 +236,7 @@ void Scheduler::preempt_youngest() {
     std::fill(request->output.begin() + request->num_known, request->output.end(), OutputToken{});
   }
   waiting_.push_front(request);
+  refused_with_ = -1;
 }
 
 void Scheduler::give_back(Request* request) {
@@ -223,66 +259,6 @@ int Scheduler::decode_rows(const Request& request, int chunk_length, bool refres
   }
   int refreshed = refresh ? config_.block_length - previous : 0;
   return request.num_fresh + refreshed + std::min(chunk_length, request.num_masked);
-}
-
-bool Scheduler::wants_refresh(const Request& request, const LatencyModel& latency,
-                              int batch_rows) const {
-  if (!request.previous_block_pending || config_.row_mode() == RowMode::ar) return false;
-  if (config_.kv_policy != KvPolicy::auto_) return config_.kv_policy == KvPolicy::refresh;
-  return refresh_is_free(latency, batch_rows, config_.block_length - request.num_fresh);
-}
-
-void Scheduler::plan_decode(StepPlan& plan, const LatencyModel& latency,
-                            const CommitModel& commits) {
-  std::vector<Request*> decoding;
-  bool prompts_wait = false;
-  for (Request* request : running_) {
-    if (request->status == RequestStatus::decoding) decoding.push_back(request);
-    prompts_wait |= request->status == RequestStatus::prefilling;
-  }
-  if (decoding.empty()) return;
-  std::stable_sort(decoding.begin(), decoding.end(), [](const Request* a, const Request* b) {
-    return a->last_scheduled_step < b->last_scheduled_step;
-  });
-
-  std::vector<RequestLoad> loads;
-  for (const Request* request : decoding)
-    loads.push_back({request->num_masked, request->num_fresh});
-  ChunkDecision decision = policy_.choose(loads, 0, latency, commits);
-  plan.chunk_length = decision.chunk_length;
-  plan.predicted_ms = decision.predicted_ms;
-  plan.reason = decision.reason;
-
-  int budget = config_.max_num_batched_rows;
-  if (prompts_wait) budget -= budget / 4;
-  int batch_rows = 0;
-  for (const Request* request : decoding) {
-    batch_rows += decode_rows(*request, plan.chunk_length, false);
-  }
-  for (Request* request : decoding) {
-    bool refresh = wants_refresh(*request, latency, batch_rows);
-    int rows = decode_rows(*request, plan.chunk_length, refresh);
-    if (plan.num_rows + rows > budget) continue;
-    int extra = refresh ? config_.block_length - request->num_fresh : 0;
-    batch_rows += extra;
-    plan.num_rows += rows;
-    plan.refresh_rows += extra;
-    plan.seqs.push_back({request, 0, plan.chunk_length, refresh});
-    request->last_scheduled_step = step_;
-  }
-}
-
-void Scheduler::plan_prefill(StepPlan& plan) {
-  for (Request* request : running_) {
-    if (request->status != RequestStatus::prefilling) continue;
-    int room = round_down(config_.max_num_batched_rows - plan.num_rows, config_.grid());
-    int length = std::min(room, request->prefill_target - request->num_computed);
-    if (length <= 0) return;
-    plan.seqs.push_back({request, length, 0, false});
-    plan.num_rows += length;
-    plan.prefill_rows += length;
-    request->last_scheduled_step = step_;
-  }
 }
 
 void Scheduler::cache_clean_pages(Request* request) {

@@ -1,10 +1,13 @@
 // Decides each step: who decodes with how many masks, whose prompt advances, who is admitted, who
 // must give pages back. Knows requests and pages; knows neither kernels nor tensors.
 //
-// Order of service: admissions in arrival order, then decode rows (least recently served first), then
-// unfinished prompts, under one row budget of which prompts keep a quarter. When pages run out, cached prefixes go
-// first, then the youngest request is preempted: its pages are freed and its known tokens are
-// recomputed later. A request that fits the cache alone always progresses, so there is no deadlock.
+// Order of service: admissions in arrival order, then decode rows (least recently served first),
+// then unfinished prompts in order of admission, all under one row budget of which prompts keep a
+// quarter. Prompts take what is left of it; with target_tpot_ms only as many rows as let decoding
+// requests keep their pace, but at least what target_ttft_ms needs, and never nothing for long. When
+// pages run out, cached prefixes go first, then the youngest request is preempted: its pages are
+// freed and its known tokens are recomputed later. A request that fits the cache alone always
+// progresses, so there is no deadlock.
 #pragma once
 
 #include <deque>
@@ -23,7 +26,8 @@ class Scheduler {
   void add(Request* request);
   // Removes a request wherever it is and frees what it holds.
   void remove(Request* request);
-  StepPlan plan(const LatencyModel& latency, const CommitModel& commits);
+  // The plan of the next step, valid until the next call. No sequences: nothing to do.
+  const StepPlan& plan(double now_s, const LatencyModel& latency, const CommitModel& commits);
   // The prompt (or what is recomputed) is in the pages: decoding starts with the next step.
   void begin_decode(Request* request);
   // Registers the pages of `request` that are full and clean.
@@ -35,15 +39,20 @@ class Scheduler {
   int pages_for(int num_tokens) const;
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
   int num_running() const { return static_cast<int>(running_.size()); }
+  const ChunkPolicy& policy() const { return policy_; }
   PagePool& pool() { return pool_; }
   PrefixCache& prefix_cache() { return prefix_cache_; }
 
  private:
   void secure_decode_pages();
   void admit();
-  void plan_decode(StepPlan& plan, const LatencyModel& latency, const CommitModel& commits);
-  void plan_prefill(StepPlan& plan);
-  bool wants_refresh(const Request& request, const LatencyModel& latency, int batch_rows) const;
+  void plan_decode(const LatencyModel& latency, const CommitModel& commits);
+  void choose_chunks(const LatencyModel& latency, const CommitModel& commits);
+  bool must_refresh(const Request& request) const;
+  void plan_prefill(double now_s, const LatencyModel& latency);
+  void refresh_where_free(const LatencyModel& latency, int budget);
+  int prefill_room(double now_s, const LatencyModel& latency) const;
+  int due_prefill_rows(double now_s, double step_ms) const;
 
   int window_end(const Request& request) const;
   bool start(Request* request);
@@ -60,6 +69,13 @@ class Scheduler {
   std::vector<int> free_slots_;
   uint64_t step_ = 0;
   bool preempted_ = false;  // in this step: nobody is admitted
+  int refused_with_ = -1;   // pages there were when waiting_.front() did not fit, -1 = not refused
+  StepPlan plan_;
+  int last_prefill_rows_ = 0;  // of the last step with prompts in it
+  uint64_t last_prefill_step_ = 0;
+  // Working memory of plan_decode.
+  std::vector<Request*> decoding_;
+  std::vector<RequestLoad> loads_;
 };
 
 }  // namespace optimus

@@ -14,5 +14,7 @@ void block_attention(const BlockAttentionParams&, ThreadPool&);
 void kv_copy(const KvCopyParams&, ThreadPool&);
 void build_rows(const BuildRowsParams&, ThreadPool&);
 void unmask(const UnmaskParams&, ThreadPool&);
+// The second half of unmask, for candidates that are already there: strategy, commits, windows.
+void commit_candidates(const UnmaskParams&);
 
 }  // namespace optimus::cpu

@@ -185,6 +185,10 @@ void unmask(const UnmaskParams& p, ThreadPool& threads) {
       for (int64_t i = begin; i < end; ++i) find_candidate<T>(p, static_cast<int>(i), scratch);
     });
   });
+  commit_candidates(p);
+}
+
+void commit_candidates(const UnmaskParams& p) {
   static thread_local std::vector<int> order;
   for (int begin = 0; begin < p.num_logit_rows;) {
     int end = begin + 1;

@@ -1,0 +1,186 @@
+// elastic_per_request: which request gets which rows.
+//
+// Two steps. The batch-wide estimate of the chosen arm gives the price of time: lambda, the commits
+// per millisecond that decoding yields on average at this load. A step is then worth
+// commits - lambda * time, and rows are added in the order of their expected commits as long as that
+// grows. (Maximising commits per time of the single step instead would starve the steps of a request
+// that finds itself in a hard stretch: a ratio does not price what the time would buy elsewhere.)
+// Masks of a request must be taken in order, so its rows form segments whose mean gain falls (pool
+// adjacent violators); then the greedy order over all requests is optimal for each number of rows.
+// Time is a step function below each graph size, so every level of gain and every graph size in
+// reach is tried.
+#include <algorithm>
+#include <cmath>
+
+#include "engine/chunk_policy.h"
+
+namespace optimus {
+namespace {
+
+constexpr int kLevels = 64;  // of gain in [0, 1]
+
+int level_of(float gain) { return std::clamp(static_cast<int>(gain * kLevels), 0, kLevels - 1); }
+
+}  // namespace
+
+// Appends the segments of masks [first, last) of a request, in order of falling mean gain. Returns
+// nothing; segments of one request are contiguous in segments_.
+void ChunkPolicy::open_segments(const RequestLoad& load, const Group& group, int first, int last) {
+  static const MaskHistory kNothing;
+  const MaskHistory& history = load.history != nullptr ? *load.history : kNothing;
+  const size_t begin = segments_.size();
+  const auto append = [&](float gain, int rows) {
+    while (segments_.size() > begin && segments_.back().gain <= gain) {
+      const Segment& before = segments_.back();
+      gain = (before.gain * before.rows + gain * rows) / (before.rows + rows);
+      rows += before.rows;
+      segments_.pop_back();
+    }
+    segments_.push_back({gain, rows});
+  };
+  int rank = first;
+  const int num_seen = std::min(last, static_cast<int>(history.confidence.size()));
+  for (; rank < num_seen; ++rank) append(CommitModel::lookup(group.table, rank, history), 1);
+  while (rank < last) {
+    const int end = std::min(last, CommitModel::rank_bin_end(rank));
+    append(CommitModel::lookup(group.table, rank, history), end - rank);
+    rank = end;
+  }
+}
+
+void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const StepLoad& other,
+                           const LatencyModel& latency, const CommitModel& commits,
+                           ChunkDecision& decision) {
+  const bool refresh = arms_[arm].refresh;
+  const double lambda = arms_[arm].rate();
+  for (size_t context = 0; context < groups_.size(); ++context) {
+    Group& group = groups_[context];
+    if (group.num_requests == 0) continue;
+    commits.history_table(static_cast<int>(context), group.table);
+    set_range(group, refresh);
+  }
+  // Every request gets the shortest length that is good enough; the rest is up for allocation.
+  lengths_.clear();
+  needs_refresh_.clear();
+  segments_.clear();
+  segment_ends_.clear();
+  double rows[kLevels] = {}, gains[kLevels] = {};
+  double base_rows = other.rows + without_masks_rows_, base_commits = 0, refresh_rows = 0;
+  int num_requests = 0;
+  static const MaskHistory kNothing;
+  for (const RequestLoad& load : loads) {
+    const size_t begin = segments_.size();
+    if (load.num_masked > 0) {
+      const Group& group = groups_[load.commit_context];
+      const MaskHistory& history = load.history != nullptr ? *load.history : kNothing;
+      const int first = std::min(group.shortest, load.num_masked);
+      const int last = std::min(group.longest, load.num_masked);
+      double expected = 0;
+      for (int rank = 0; rank < first; ++rank) {
+        expected += CommitModel::lookup(group.table, rank, history);
+      }
+      ++num_requests;
+      base_rows += first;
+      base_commits += std::max(1.0, expected);
+      if (group.refresh) refresh_rows += refresh_share(group, group.longest);
+      open_segments(load, group, first, last);
+      for (size_t s = begin; s < segments_.size(); ++s) {
+        const int level = level_of(segments_[s].gain);
+        rows[level] += segments_[s].rows;
+        gains[level] += double(segments_[s].gain) * segments_[s].rows;
+      }
+      lengths_.push_back(first);
+      needs_refresh_.push_back(group.refresh);
+    } else {
+      lengths_.push_back(config_.chunk_lengths[0]);
+      needs_refresh_.push_back(refresh);
+    }
+    segment_ends_.push_back(static_cast<int>(segments_.size()));
+  }
+  if (num_requests == 0) return;
+  const double per_commit = 1 + refresh_rows / num_requests;  // rows every commit brings
+
+  // Walk down the levels; `x` rows of the current one.
+  struct Stop {
+    int level = kLevels;
+    double x = 0, commits = 0, ms = 0;
+  } best;
+  double best_value = 0, best_tpot = 0;
+  bool best_meets = false, have_best = false;
+  double taken_rows = base_rows, taken_commits = base_commits;
+  const auto try_stop = [&](int level, double x, double mask_rows, double expected) {
+    const int total = static_cast<int>(std::lround(mask_rows + expected * per_commit));
+    const double ms = latency.predict({total, other.prefill_rows, other.kv_tokens + kv_tokens_});
+    const double value = expected - lambda * ms, tpot = ms * num_requests / expected;
+    const bool meets = config_.target_tpot_ms <= 0 || tpot <= config_.target_tpot_ms;
+    const bool better = !have_best || (meets != best_meets ? meets
+                                       : meets             ? value > best_value
+                                                           : tpot < best_tpot);
+    if (!better) return;
+    best = {level, x, expected, ms};
+    best_value = value;
+    best_tpot = tpot;
+    best_meets = meets;
+    have_best = true;
+  };
+  try_stop(kLevels, 0, taken_rows, taken_commits);
+  for (int level = kLevels - 1; level >= 0; --level) {
+    if (rows[level] == 0) continue;
+    const double gain = gains[level] / rows[level];
+    const double growth = 1 + gain * per_commit;
+    const double before = taken_rows + taken_commits * per_commit;
+    const double after = before + rows[level] * growth;
+    if (latency.profile().is_padded) {
+      for (int edge = latency.padded_rows(static_cast<int>(std::ceil(before)));
+           edge < after && edge < latency.profile().decode.back().rows;
+           edge = latency.padded_rows(edge + 1)) {
+        const double x = std::floor((edge - before) / growth);
+        if (x > 0) try_stop(level, x, taken_rows + x, taken_commits + x * gain);
+      }
+    }
+    taken_rows += rows[level];
+    taken_commits += gains[level];
+    try_stop(level, rows[level], taken_rows, taken_commits);
+  }
+
+  // Hand the rows out: whole levels above the stop, `x` rows of its own.
+  double left = best.x;
+  size_t s = 0;
+  for (size_t i = 0; i < loads.size(); ++i) {
+    for (; s < static_cast<size_t>(segment_ends_[i]); ++s) {
+      const int level = level_of(segments_[s].gain);
+      int take = 0;
+      if (level > best.level) {
+        take = segments_[s].rows;
+      } else if (level == best.level && left > 0) {
+        take = std::min(segments_[s].rows, static_cast<int>(left));
+        left -= take;
+      }
+      lengths_[i] += take;
+    }
+  }
+  decision.expected_commits = best.commits;
+  decision.predicted_ms = best.ms;
+  decision.meets_target = best_meets;
+  decision.reason = best_meets ? "rows by marginal gain" : "target_tpot_ms cannot be met: fastest";
+}
+
+// Lengths open to a group: from the shortest that is good enough (a length between two arms counts
+// as the longer one) to the longest.
+void ChunkPolicy::set_range(Group& group, bool refresh) const {
+  const int last = static_cast<int>(config_.chunk_lengths.size()) - 1;
+  const Choice longest = group.choices[2 * last + refresh];
+  group.longest = longest.chunk_length;
+  group.refresh = longest.refresh;
+  group.shortest = longest.chunk_length;
+  for (int arm = last; arm >= 0; --arm) {
+    const Choice choice = group.choices[2 * arm + refresh];
+    if (choice.refresh != longest.refresh || choice.chunk_length != config_.chunk_lengths[arm]) {
+      if (config_.chunk_lengths[arm] < longest.chunk_length) break;
+      continue;
+    }
+    group.shortest = arm == 0 ? choice.chunk_length : config_.chunk_lengths[arm - 1] + 1;
+  }
+}
+
+}  // namespace optimus

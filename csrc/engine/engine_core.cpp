@@ -1,0 +1,300 @@
+#include "engine/engine_core.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/check.h"
+
+namespace optimus {
+namespace {
+
+void check_params(const SamplingParams& p) {
+  // Below it, logits / temperature overflows fp32 and the order of tokens is lost.
+  constexpr float kLowestTemperature = 1e-4f;
+  bool is_greedy = p.temperature == 0;
+  OPTIMUS_CHECK(is_greedy || (std::isfinite(p.temperature) && p.temperature >= kLowestTemperature),
+                "[sampling_params] temperature must be 0 (greedy) or at least ", kLowestTemperature,
+                ", got ", p.temperature);
+  OPTIMUS_CHECK(p.top_k >= 0, "[sampling_params] top_k must be >= 0, got ", p.top_k);
+  OPTIMUS_CHECK(p.top_p > 0 && p.top_p <= 1, "[sampling_params] top_p must be in (0, 1], got ",
+                p.top_p);
+  OPTIMUS_CHECK(p.confidence_threshold >= 0 && p.confidence_threshold <= 1,
+                "[sampling_params] confidence_threshold must be in [0, 1], got ",
+                p.confidence_threshold);
+  OPTIMUS_CHECK(p.entropy_bound >= 0, "[sampling_params] entropy_bound must be >= 0, got ",
+                p.entropy_bound);
+  OPTIMUS_CHECK(p.denoising_steps >= 0, "[sampling_params] denoising_steps must be >= 0, got ",
+                p.denoising_steps);
+  OPTIMUS_CHECK(p.max_tokens == -1 || p.max_tokens >= 1,
+                "[sampling_params] max_tokens must be at least 1, got ", p.max_tokens);
+}
+
+bool contains(const std::vector<int32_t>& ids, int32_t id) {
+  return std::find(ids.begin(), ids.end(), id) != ids.end();
+}
+
+}  // namespace
+
+EngineCore::EngineCore(const EngineConfig& config, int vocab_size)
+    : config_((validate(config), config)),
+      vocab_size_(vocab_size),
+      scheduler_(config_),
+      commits_(config_.block_length),
+      log_(config_.step_log_size) {}
+
+void EngineCore::check_prompt(const std::vector<int32_t>& prompt) const {
+  OPTIMUS_CHECK(!prompt.empty(), "[add_request] the prompt is empty");
+  int prompt_len = static_cast<int>(prompt.size());
+  OPTIMUS_CHECK(prompt_len < config_.max_model_len, "[add_request] a prompt of ", prompt_len,
+                " tokens leaves no room in max_model_len ", config_.max_model_len);
+  for (int32_t id : prompt) {
+    OPTIMUS_CHECK(id >= 0 && id < vocab_size_, "[add_request] token ids must be in [0, ",
+                  vocab_size_, "), got ", id);
+  }
+}
+
+uint64_t EngineCore::add_request(std::vector<int32_t> prompt, SamplingParams params, double now_s) {
+  check_prompt(prompt);
+  check_params(params);
+  int room = config_.max_model_len - static_cast<int>(prompt.size());
+  params.max_tokens = params.max_tokens < 0 ? room : std::min(params.max_tokens, room);
+  int pages = scheduler_.pages_for(static_cast<int>(prompt.size()) + params.max_tokens);
+  OPTIMUS_CHECK(pages <= config_.num_pages, "[add_request] a prompt of ", prompt.size(),
+                " tokens with max_tokens ", params.max_tokens, " needs ", pages, " pages of ",
+                config_.page_size, " tokens, the kv cache has ", config_.num_pages);
+
+  auto request = std::make_unique<Request>();
+  request->id = next_id_++;
+  request->prompt = std::move(prompt);
+  request->params = std::move(params);
+  request->metrics.arrival_s = advance_clock(now_s);
+  const int steps = request->params.denoising_steps;
+  request->commit_context =
+      commits_.context(request->params.unmasking_strategy, request->params.confidence_threshold,
+                       steps > 0 ? std::max(1, config_.grid() / steps) : 1);
+  scheduler_.add(request.get());
+  uint64_t id = request->id;
+  requests_[id] = std::move(request);
+  ++num_unfinished_;
+  return id;
+}
+
+// A clock that jumps back must not turn durations negative.
+double EngineCore::advance_clock(double now_s) {
+  if (std::isfinite(now_s)) now_s_ = std::max(now_s_, now_s);
+  return now_s_;
+}
+
+const StepPlan& EngineCore::plan(double now_s) {
+  plan_s_ = advance_clock(now_s);
+  plan_ = &scheduler_.plan(plan_s_, latency_, commits_);
+  if (plan_->seqs.empty()) last_end_s_ = -1;
+  return *plan_;
+}
+
+StepOutput EngineCore::update(const StepResult& result, double forward_ms, double now_s) {
+  OPTIMUS_INVARIANT(plan_ != nullptr && !plan_->seqs.empty(), "update without a plan");
+  advance_clock(now_s);
+  StepOutput output;
+  int logit_row = 0;
+  for (const SeqPlan& seq : plan_->seqs) {
+    if (seq.prefill_len > 0) {
+      update_prefill(seq);
+      continue;
+    }
+    RequestUpdate update;
+    logit_row += update_decode(seq, result, logit_row, update);
+    output.record.commits += static_cast<int>(update.commits.size());
+    output.updates.push_back(std::move(update));
+  }
+  latency_.observe(plan_->load(), forward_ms);
+  // Steps that follow each other at once: what the forward does not explain is host work.
+  if (last_end_s_ >= 0) latency_.observe_overhead((now_s_ - last_end_s_) * 1e3 - forward_ms);
+  last_end_s_ = num_unfinished_ > 0 ? now_s_ : -1;
+  write_record(result, forward_ms, output.record);
+  log_.push(output.record);
+  plan_ = nullptr;
+  return output;
+}
+
+void EngineCore::write_record(const StepResult& result, double forward_ms, StepRecord& record) {
+  const ChunkDecision& decision = plan_->decision;
+  record.step = ++step_;
+  record.start_s = plan_s_;
+  record.rows = result.num_rows;
+  record.prefill_rows = plan_->prefill_rows;
+  record.refresh_rows = plan_->refresh_rows;
+  record.logit_rows = result.num_logit_rows;
+  record.num_seqs = static_cast<int>(plan_->seqs.size());
+  record.num_decoding = plan_->num_decoding;
+  record.num_waiting = scheduler_.num_waiting();
+  record.kv_tokens = plan_->kv_tokens;
+  record.chunk_length = decision.chunk_length;
+  record.refresh = decision.refresh;
+  for (int i = 0; i < result.num_logit_rows;) {
+    int end = i + 1;
+    while (end < result.num_logit_rows && result.logit_slots[end] == result.logit_slots[i]) ++end;
+    record.chunk_lengths.push_back(static_cast<uint16_t>(end - i));
+    i = end;
+  }
+  record.expected_commits = decision.expected_commits;
+  record.predicted_ms = plan_->predicted_ms;
+  record.forward_ms = forward_ms;
+  record.step_ms = (now_s_ - plan_s_) * 1e3;
+  record.meets_target = decision.meets_target;
+  record.reason = decision.reason;
+  if (plan_->num_decoding > 0) record.arms = scheduler_.policy().arms();
+}
+
+void EngineCore::update_prefill(const SeqPlan& seq) {
+  Request& request = *seq.request;
+  request.num_computed += seq.prefill_len;
+  request.num_clean = request.num_computed;
+  request.metrics.prefill_rows += seq.prefill_len;
+  scheduler_.cache_clean_pages(&request);
+  if (request.num_computed == request.prefill_target) scheduler_.begin_decode(&request);
+}
+
+int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int first,
+                              RequestUpdate& update) {
+  Request& request = *seq.request;
+  const int slot = request.slot, grid = config_.grid();
+  int last = first;
+  while (last < result.num_logit_rows && result.logit_slots[last] == slot) ++last;
+  request.metrics.nfe += 1;
+  request.metrics.chunk_histogram[last - first] += 1;
+  request.metrics.decode_rows += scheduler_.decode_rows(request, seq.chunk_length, seq.refresh);
+
+  // The step fed the previous block (ar: the last token) in a clean context: its KV is clean.
+  bool fed_clean = config_.decode_mode == DecodeMode::ar || seq.refresh;
+  if (fed_clean && request.num_clean == request.block_start - grid) {
+    request.num_clean = request.block_start;
+    scheduler_.cache_clean_pages(&request);
+  }
+  request.previous_block_pending = result.block_start[slot] != request.block_start;
+  learn(request, result, first, last);
+  for (int i = first; i < last; ++i) {
+    if (!result.candidates.committed[i]) continue;
+    OutputToken token{result.candidates.token_ids[i], result.candidates.logprob[i],
+                      result.candidates.confidence[i], request.metrics.nfe};
+    int output_idx = request.block_start + result.logit_offsets[i] - request.prompt_len();
+    record_commit(request, output_idx, token, update);
+  }
+  if (request.previous_block_pending) request.replays_block = false;
+  request.block_start = request.num_computed = result.block_start[slot];
+  request.num_fresh = result.num_fresh[slot];
+  request.num_masked = result.num_masked[slot];
+
+  FinishReason reason = check_finished(request);
+  update.id = request.id;
+  update.num_known = request.num_known;
+  update.finish_reason = reason;
+  if (reason != FinishReason::none) {
+    auto beyond_end = [&](const Commit& c) { return c.output_idx >= request.num_known; };
+    update.commits.erase(std::remove_if(update.commits.begin(), update.commits.end(), beyond_end),
+                         update.commits.end());
+    finish(request, reason);
+  }
+  return last - first;
+}
+
+void EngineCore::learn(Request& request, const StepResult& result, int first, int last) {
+  int num_committed = 0;
+  for (int i = first; i < last; ++i) {
+    const bool committed = result.candidates.committed[i];
+    num_committed += committed;
+    if (config_.decode_mode == DecodeMode::ar) continue;
+    commits_.observe(request.commit_context, i - first, request.history, committed);
+  }
+  if (request.previous_block_pending) {  // a new block: how the last one ended still tells
+    request.previous_needs_refresh = request.block_needs_refresh;
+    request.block_needs_refresh = false;
+  }
+  request.history.confidence.clear();
+  for (int i = first; i < last; ++i) {
+    if (!result.candidates.committed[i]) {
+      request.history.confidence.push_back(result.candidates.confidence[i]);
+    }
+  }
+  request.history.num_evaluated = last - first;
+  request.history.num_committed = num_committed;
+}
+
+void EngineCore::record_commit(Request& request, int output_idx, OutputToken token,
+                               RequestUpdate& update) {
+  if (output_idx >= request.params.max_tokens) return;  // the block's last positions
+  if (output_idx >= static_cast<int>(request.output.size())) {
+    request.output.resize(output_idx + 1);
+  }
+  OutputToken& known = request.output[output_idx];
+  if (known.step != 0) return;  // decoded again after a preemption: the same token
+  known = token;
+  update.commits.push_back({output_idx, token});
+  if (request.metrics.first_token_s == 0) request.metrics.first_token_s = now_s_;
+}
+
+FinishReason EngineCore::check_finished(Request& request) {
+  const SamplingParams& params = request.params;
+  while (request.num_known < static_cast<int>(request.output.size()) &&
+         request.output[request.num_known].step != 0) {
+    int32_t token = request.output[request.num_known++].token_id;
+    bool is_stop = contains(params.stop_token_ids, token) ||
+                   (!params.ignore_eos && contains(config_.eos_token_ids, token));
+    if (is_stop) return FinishReason::stop;
+    if (request.num_known == params.max_tokens) return FinishReason::length;
+  }
+  return FinishReason::none;
+}
+
+void EngineCore::finish(Request& request, FinishReason reason) {
+  scheduler_.remove(&request);
+  request.output.resize(std::min<size_t>(request.output.size(), request.num_known));
+  request.status = RequestStatus::finished;
+  request.finish_reason = reason;
+  request.metrics.finish_s = now_s_;
+  --num_unfinished_;
+}
+
+Request& EngineCore::find(uint64_t id, const char* what) {
+  auto it = requests_.find(id);
+  OPTIMUS_CHECK(it != requests_.end(), "[", what, "] unknown request ", id);
+  return *it->second;
+}
+
+const Request& EngineCore::request(uint64_t id) const {
+  return const_cast<EngineCore*>(this)->find(id, "request");
+}
+
+void EngineCore::stop_request(uint64_t id, int num_tokens, double now_s) {
+  advance_clock(now_s);
+  Request& request = find(id, "stop_request");
+  OPTIMUS_CHECK(num_tokens >= 0 && num_tokens <= request.num_known,
+                "[stop_request] num_tokens must be in [0, ", request.num_known, "], got ",
+                num_tokens);
+  request.num_known = num_tokens;
+  if (request.status != RequestStatus::finished) {
+    finish(request, FinishReason::stop);
+  } else {
+    request.output.resize(num_tokens);
+    request.finish_reason = FinishReason::stop;
+  }
+}
+
+void EngineCore::abort(uint64_t id, double now_s) {
+  advance_clock(now_s);
+  Request& request = find(id, "abort");
+  if (request.status != RequestStatus::finished) finish(request, FinishReason::abort);
+}
+
+void EngineCore::release(uint64_t id) {
+  Request& request = find(id, "release");
+  OPTIMUS_CHECK(request.status == RequestStatus::finished, "[release] request ", id,
+                " is not finished");
+  requests_.erase(id);
+}
+
+void EngineCore::check_idle(const char* what) const {
+  OPTIMUS_CHECK(num_unfinished_ == 0, "[", what, "] ", num_unfinished_, " requests are unfinished");
+}
+
+}  // namespace optimus

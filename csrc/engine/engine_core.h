@@ -1,0 +1,75 @@
+// The host half of decoding: requests in, plans out, results in, tokens out. Knows neither kernels
+// nor clocks: the engine drives it with a model and the time of day, the simulator with a commit
+// process and a virtual clock.
+#pragma once
+
+#include <memory>
+#include <unordered_map>
+
+#include "engine/decode_buffers.h"
+#include "engine/scheduler.h"
+#include "engine/step_log.h"
+
+namespace optimus {
+
+class EngineCore {
+ public:
+  EngineCore(const EngineConfig& config, int vocab_size);
+
+  const EngineConfig& config() const { return config_; }
+
+  // Queues a request. Throws std::invalid_argument, and changes nothing, when it can never run.
+  uint64_t add_request(std::vector<int32_t> prompt, SamplingParams params, double now_s);
+  // The next step; no sequences = nothing to do. Then either update() or another plan().
+  const StepPlan& plan(double now_s);
+  // What came of the plan: `forward_ms` its run took, `now_s` when it was done.
+  StepOutput update(const StepResult& result, double forward_ms, double now_s);
+
+  bool has_unfinished() const { return num_unfinished_ > 0; }
+  int num_unfinished() const { return num_unfinished_; }
+  const Request& request(uint64_t id) const;
+  // Ends a request after `num_tokens` output tokens: the caller found a stop string there.
+  void stop_request(uint64_t id, int num_tokens, double now_s);
+  void abort(uint64_t id, double now_s);
+  // Forgets a finished request.
+  void release(uint64_t id);
+
+  Scheduler& scheduler() { return scheduler_; }
+  const Scheduler& scheduler() const { return scheduler_; }
+  LatencyModel& latency() { return latency_; }
+  const CommitModel& commits() const { return commits_; }
+  StepLog& log() { return log_; }
+  // `what` needs the engine to itself: throws while requests are unfinished.
+  void check_idle(const char* what) const;
+
+ private:
+  void check_prompt(const std::vector<int32_t>& prompt) const;
+  Request& find(uint64_t id, const char* what);
+  double advance_clock(double now_s);
+  void update_prefill(const SeqPlan& seq);
+  // Returns the number of logits rows of the sequence.
+  int update_decode(const SeqPlan& seq, const StepResult& result, int first_logit_row,
+                    RequestUpdate& update);
+  // Tells the commit model what became of rows [first, last), and the request what they said.
+  void learn(Request& request, const StepResult& result, int first, int last);
+  void record_commit(Request& request, int output_idx, OutputToken token, RequestUpdate& update);
+  FinishReason check_finished(Request& request);
+  void finish(Request& request, FinishReason reason);
+  void write_record(const StepResult& result, double forward_ms, StepRecord& record);
+
+  EngineConfig config_;
+  int vocab_size_;
+  Scheduler scheduler_;
+  LatencyModel latency_;
+  CommitModel commits_;
+  StepLog log_;
+  const StepPlan* plan_ = nullptr;  // of the step in progress
+  std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
+  int num_unfinished_ = 0;
+  uint64_t next_id_ = 1, step_ = 0;
+  double now_s_ = 0;        // never falls, whatever the caller's clock does
+  double plan_s_ = 0;       // when the step in progress was planned
+  double last_end_s_ = -1;  // when the last step ended; -1 = the engine was idle since
+};
+
+}  // namespace optimus

@@ -1,0 +1,152 @@
+// Which rows a step has: decode rows by the chunk policy, then prompts in what is left.
+#include <algorithm>
+#include <cmath>
+
+#include "engine/scheduler.h"
+
+namespace optimus {
+namespace {
+
+constexpr int kPrefillShare = 4;        // prompts keep 1 / this of the row budget
+constexpr int kMaxPrefillPause = 8;     // steps without any prompt row while prompts wait
+constexpr int kPrefillCandidates = 64;  // sizes of prompt slices that are tried
+
+}  // namespace
+
+// Whether a finished block must be fed once more, whatever that costs.
+bool Scheduler::must_refresh(const Request& request) const {
+  if (!request.previous_block_pending || config_.row_mode() == RowMode::ar) return false;
+  if (config_.kv_policy != KvPolicy::auto_) return config_.kv_policy == KvPolicy::refresh;
+  return plan_.decision.refresh || request.previous_needs_refresh;
+}
+
+void Scheduler::choose_chunks(const LatencyModel& latency, const CommitModel& commits) {
+  loads_.clear();
+  for (const Request* request : decoding_) {
+    loads_.push_back({request->num_masked, request->num_fresh, window_end(*request),
+                      request->commit_context, request->params.confidence_threshold,
+                      &request->history});
+  }
+  // Prompts in progress will fill the step about as they filled the last one.
+  StepLoad other;
+  if (step_ - last_prefill_step_ <= 1) other.rows = other.prefill_rows = last_prefill_rows_;
+  plan_.decision = policy_.choose(loads_, other, latency, commits);
+}
+
+void Scheduler::plan_decode(const LatencyModel& latency, const CommitModel& commits) {
+  decoding_.clear();
+  bool prompts_wait = false;
+  for (Request* request : running_) {
+    if (request->status == RequestStatus::decoding) decoding_.push_back(request);
+    prompts_wait |= request->status == RequestStatus::prefilling;
+  }
+  if (decoding_.empty()) return;
+  std::stable_sort(decoding_.begin(), decoding_.end(), [](const Request* a, const Request* b) {
+    return a->last_scheduled_step < b->last_scheduled_step;
+  });
+  choose_chunks(latency, commits);
+
+  int budget = config_.max_num_batched_rows;
+  if (prompts_wait) budget -= budget / kPrefillShare;
+  const std::vector<int>& lengths = policy_.chunk_lengths();
+  for (size_t i = 0; i < decoding_.size(); ++i) {
+    const bool refresh = must_refresh(*decoding_[i]);
+    const int rows = decode_rows(*decoding_[i], lengths[i], refresh);
+    if (plan_.num_rows + rows > budget) continue;
+    if (refresh) plan_.refresh_rows += rows - decode_rows(*decoding_[i], lengths[i], false);
+    plan_.num_rows += rows;
+    plan_.kv_tokens += window_end(*decoding_[i]);
+    plan_.seqs.push_back({decoding_[i], 0, lengths[i], refresh});
+    decoding_[i]->last_scheduled_step = step_;
+    decoding_[i]->block_needs_refresh |= policy_.needs_refresh()[i] != 0;
+  }
+  plan_.num_decoding = static_cast<int>(plan_.seqs.size());
+  if (config_.kv_policy == KvPolicy::auto_ && config_.row_mode() == RowMode::chunk) {
+    refresh_where_free(latency, budget);
+  }
+}
+
+// After everybody's rows are known: whether more of them are free depends on the whole step.
+void Scheduler::refresh_where_free(const LatencyModel& latency, int budget) {
+  for (SeqPlan& seq : plan_.seqs) {
+    if (seq.refresh || !seq.request->previous_block_pending) continue;
+    const int extra = decode_rows(*seq.request, seq.chunk_length, true) -
+                      decode_rows(*seq.request, seq.chunk_length, false);
+    if (plan_.num_rows + extra > budget || !refresh_is_free(latency, plan_.load(), extra)) continue;
+    seq.refresh = true;
+    plan_.num_rows += extra;
+    plan_.refresh_rows += extra;
+  }
+}
+
+// Prompt rows that must run now for the oldest prompts to make target_ttft_ms, if steps take
+// `step_ms`.
+int Scheduler::due_prefill_rows(double now_s, double step_ms) const {
+  int due = 0, rows = 0;
+  for (const Request* request : running_) {
+    if (request->status != RequestStatus::prefilling) continue;
+    rows += request->prefill_target - request->num_computed;
+    const double left_ms =
+        config_.target_ttft_ms - (now_s - request->metrics.arrival_s) * 1e3 - step_ms;
+    const double steps = std::max(1.0, left_ms / std::max(step_ms, 1e-6));
+    due = std::max(due, static_cast<int>(std::min(1e9, std::ceil(rows / steps))));
+  }
+  return due;
+}
+
+// Rows that prompts may take in this step.
+int Scheduler::prefill_room(double now_s, const LatencyModel& latency) const {
+  const int room = config_.max_num_batched_rows - plan_.num_rows;
+  if (config_.target_tpot_ms <= 0 || !latency.has_profile() || plan_.num_decoding == 0) return room;
+  const int grid = config_.grid();
+  // Each decoding request commits this many tokens in a step, so a step may take that much longer
+  // than a token.
+  const double commits =
+      std::max(1.0, plan_.decision.expected_commits / std::max<size_t>(loads_.size(), 1));
+  const double limit_ms = config_.target_tpot_ms * commits;
+  const auto step_ms = [&](int rows) {
+    StepLoad load = plan_.load();
+    load.rows += rows;
+    load.prefill_rows += rows;
+    return latency.predict(load);
+  };
+  const int stride = std::max(grid, room / kPrefillCandidates / grid * grid);
+  int fits = room / grid * grid;
+  while (fits > 0 && step_ms(fits) > limit_ms) fits = std::max(0, fits - stride);
+  int least = 0;
+  if (config_.target_ttft_ms > 0) least = due_prefill_rows(now_s, step_ms(fits));
+  if (step_ >= last_prefill_step_ + kMaxPrefillPause) {
+    least = std::max(least, config_.max_num_batched_rows / kPrefillShare);
+  }
+  return std::min(room, std::max(fits, (least + grid - 1) / grid * grid));
+}
+
+void Scheduler::plan_prefill(double now_s, const LatencyModel& latency) {
+  const bool prompts_wait = std::any_of(
+      running_.begin(), running_.end(),
+      [](const Request* request) { return request->status == RequestStatus::prefilling; });
+  if (!prompts_wait) {
+    last_prefill_step_ = step_;
+    last_prefill_rows_ = 0;
+    return;
+  }
+  const int grid = config_.grid();
+  int room = prefill_room(now_s, latency) / grid * grid;
+  for (Request* request : running_) {
+    if (request->status != RequestStatus::prefilling) continue;
+    const int length = std::min(room, request->prefill_target - request->num_computed);
+    if (length <= 0) break;
+    plan_.seqs.push_back({request, length, 0, false});
+    room -= length;
+    plan_.num_rows += length;
+    plan_.prefill_rows += length;
+    plan_.kv_tokens += request->num_computed + length;
+    request->last_scheduled_step = step_;
+  }
+  if (plan_.prefill_rows > 0) {
+    last_prefill_step_ = step_;
+    last_prefill_rows_ = plan_.prefill_rows;
+  }
+}
+
+}  // namespace optimus

@@ -1,0 +1,142 @@
+#include "engine/simulator.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "core/check.h"
+#include "kernels/cpu/kernels.h"
+
+namespace optimus {
+namespace {
+
+constexpr int kVocabSize = 1 << 30;  // prompts count up, so that no two share a prefix
+constexpr int kMaskTokenId = 0;
+
+EngineConfig resolve(EngineConfig config) {
+  OPTIMUS_CHECK(config.decode_mode != DecodeMode::ar || config.block_length >= 1,
+                "[simulator] block_length must be at least 1");
+  if (config.row_mode() != RowMode::chunk) config.kv_policy = KvPolicy::refresh;
+  config.eos_token_ids.clear();
+  return config;
+}
+
+}  // namespace
+
+Simulator::Simulator(const SimulatorConfig& config, std::vector<CommitTrace> traces)
+    : config_(config),
+      traces_(std::move(traces)),
+      core_(resolve(config.engine), kVocabSize),
+      buffers_(core_.config(), core_.scheduler().pages_for(core_.config().max_model_len)),
+      threads_(1),
+      random_(config.seed) {
+  OPTIMUS_CHECK(!traces_.empty(), "[simulator] needs at least one trace");
+  for (const CommitTrace& trace : traces_) trace.validate();
+  config_.latency.validate();
+  OPTIMUS_CHECK(!config_.latency.decode.empty(), "[simulator] needs a latency curve");
+  if (!config_.without_profile) {
+    core_.latency().set_profile(config_.profile.decode.empty() ? config_.latency : config_.profile);
+  }
+}
+
+uint64_t Simulator::add_request(double arrival_s, int prompt_len, int trace,
+                                SamplingParams params) {
+  OPTIMUS_CHECK(std::isfinite(arrival_s) && arrival_s >= last_arrival_s_,
+                "[simulator] arrivals must not descend, got ", arrival_s, " after ",
+                last_arrival_s_);
+  OPTIMUS_CHECK(trace >= 0 && trace < static_cast<int>(traces_.size()),
+                "[simulator] trace must be in [0, ", traces_.size(), "), got ", trace);
+  OPTIMUS_CHECK(prompt_len >= 1, "[simulator] prompt_len must be at least 1, got ", prompt_len);
+  last_arrival_s_ = arrival_s;
+  // The core numbers requests in the order in which they are added, and so do we.
+  const uint64_t id = ++num_added_;
+  std::vector<int32_t> prompt(prompt_len, static_cast<int32_t>(id % (kVocabSize - 1)) + 1);
+  trace_of_[id] = trace;
+  arrivals_.push_back({arrival_s, id, std::move(prompt), std::move(params)});
+  return id;
+}
+
+void Simulator::admit_arrivals() {
+  while (!arrivals_.empty() && arrivals_.front().arrival_s <= now_s_) {
+    Arrival arrival = std::move(arrivals_.front());
+    arrivals_.pop_front();
+    const uint64_t id =
+        core_.add_request(std::move(arrival.prompt), arrival.params, arrival.arrival_s);
+    OPTIMUS_INVARIANT(id == arrival.id, "request ", arrival.id, " became ", id);
+  }
+}
+
+// Candidates of the step's mask rows, as the model would have found them.
+void Simulator::fill_confidences(const StepPlan& plan) {
+  const StepRows& rows = buffers_.rows();
+  const Candidates& out = buffers_.candidates();
+  const int num_logit_rows = buffers_.num_logit_rows();
+  int row = 0;
+  for (const SeqPlan& seq : plan.seqs) {
+    if (seq.prefill_len > 0) continue;
+    const Request& request = *seq.request;
+    const CommitTrace& trace = traces_[trace_of_.at(request.id)];
+    BlockConfidence confidence(trace, request.params.max_tokens != trace.num_tokens);
+    for (; row < num_logit_rows && rows.logit_slots[row] == request.slot; ++row) {
+      const int idx = request.block_start + rows.logit_offsets[row] - request.prompt_len();
+      out.token_ids[row] = 1;
+      out.confidence[row] = confidence.next(std::max(idx, 0));
+      out.logprob[row] = std::log(std::max(out.confidence[row], 1e-9f));
+      out.entropy[row] = -out.logprob[row];
+    }
+  }
+}
+
+double Simulator::step_ms(const StepPlan& plan, const StepResult& result) {
+  StepLoad load = plan.load();
+  load.rows = result.num_rows;
+  if (config_.oracle) {
+    for (int i = 0; i < result.num_logit_rows; ++i) load.rows -= !result.candidates.committed[i];
+  }
+  double ms = config_.latency.ms(load);
+  for (const auto& [from_s, factor] : config_.slowdowns) {
+    if (now_s_ >= from_s) ms *= factor;
+  }
+  if (config_.jitter > 0) ms *= std::exp(std::normal_distribution<>(0, config_.jitter)(random_));
+  if (std::uniform_real_distribution<>()(random_) < config_.outlier_share) {
+    ms *= config_.outlier_factor;
+  }
+  return ms;
+}
+
+bool Simulator::step() {
+  admit_arrivals();
+  if (!core_.has_unfinished()) {
+    if (arrivals_.empty()) return false;
+    now_s_ = arrivals_.front().arrival_s;
+    admit_arrivals();
+  }
+  const StepPlan& plan = core_.plan(now_s_);
+  OPTIMUS_INVARIANT(!plan.seqs.empty(), "an empty plan with requests left");
+  cpu::build_rows(buffers_.write_plan(plan, kMaskTokenId), threads_);
+  fill_confidences(plan);
+  cpu::commit_candidates(buffers_.unmask_params(nullptr, kVocabSize, DType::float32));
+  const StepResult result = buffers_.result();
+  const double ms = step_ms(plan, result);
+  now_s_ += (ms + config_.host_ms) * 1e-3;
+  const StepOutput output = core_.update(result, ms, now_s_);
+  for (const RequestUpdate& update : output.updates) {
+    if (update.finish_reason == FinishReason::none) continue;
+    const Request& request = core_.request(update.id);
+    finished_.push_back({request.id, request.prompt_len(), static_cast<int>(request.output.size()),
+                         request.metrics});
+    core_.release(update.id);
+    trace_of_.erase(update.id);
+  }
+  return true;
+}
+
+std::vector<SimulatedRequest> Simulator::take_finished() { return std::exchange(finished_, {}); }
+
+int64_t Simulator::run(double until_s, int64_t max_steps) {
+  int64_t steps = 0;
+  while (steps < max_steps && now_s_ < until_s && step()) ++steps;
+  return steps;
+}
+
+}  // namespace optimus
