@@ -23,6 +23,7 @@ from .weights import load_weights
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Profile = _C.LatencyProfile | Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ class LLM:
     chunk_length: 1..block_length, for "chunk" only; default 4. chunk_arms: the lengths "elastic"
         may choose from; default powers of two. recompute_block: "chunk" feeds the whole block each
         step.
+    chunk_schedule: for "schedule": {"1-16": 16, "17-64": 8, "65-": 4}, from the number of decoding
+        requests to a chunk length.
+    quality_floor: elastic modes never use a way of decoding that a calibration measured below it:
+        "block" (not measurably below block decoding), an accuracy in [0, 1], or None. Without a
+        calibration of the model nothing is excluded.
+    target_tpot_ms, target_ttft_ms: time per output token of a request, and from arrival to its
+        first token, that the controller tries to keep; best effort.
+    step_log_size: steps that `step_records` remembers.
     kv_policy: "freeze" keeps the KV of a finished block, "refresh" computes it once more from the
         clean block, "auto" refreshes when the latency profile says the rows are free. "block" and
         "ar" have one way only.
@@ -61,8 +70,8 @@ class LLM:
     block_length, mask_token_id: override the checkpoint's files, which may lack them.
     num_threads: None = all cores.
     seed: of requests without a seed of their own.
-    latency_profile: [(rows, milliseconds), ...] to use instead of measuring at construction
-        (measured for "elastic", and for "chunk" with the policy "auto").
+    latency_profile: a LatencyProfile, or [(rows, milliseconds), ...], to use instead of measuring
+        at construction (measured for the elastic modes, and for the policy "auto").
 
     Raises ValueError for anything that does not fit, with the values in its text.
     """
@@ -76,6 +85,10 @@ class LLM:
         decode_mode: str = "elastic",
         chunk_length: int | None = None,
         chunk_arms: Sequence[int] = (),
+        chunk_schedule: Mapping[str, int] | None = None,
+        quality_floor: float | str | None = "block",
+        target_tpot_ms: float | None = None,
+        target_ttft_ms: float | None = None,
         recompute_block: bool = False,
         kv_policy: str = DEFAULT_KV_POLICY,
         max_num_seqs: int = 32,
@@ -87,12 +100,15 @@ class LLM:
         block_length: int | None = None,
         mask_token_id: int | None = None,
         num_threads: int | None = None,
+        step_log_size: int = 4096,
         seed: int = 0,
-        latency_profile: Sequence[tuple[int, float]] | None = None,
+        latency_profile: Profile | None = None,
     ) -> None:
         options = EngineOptions(
             decode_mode=decode_mode, chunk_length=chunk_length, chunk_arms=tuple(chunk_arms),
-            recompute_block=recompute_block, kv_policy=kv_policy, max_num_seqs=max_num_seqs,
+            chunk_schedule=chunk_schedule, quality_floor=quality_floor,
+            target_tpot_ms=target_tpot_ms, target_ttft_ms=target_ttft_ms,
+            step_log_size=step_log_size, recompute_block=recompute_block, kv_policy=kv_policy, max_num_seqs=max_num_seqs,
             max_num_batched_rows=max_num_batched_rows, kv_cache_memory=kv_cache_memory,
             max_model_len=max_model_len, page_size=page_size,
             enable_prefix_cache=enable_prefix_cache, num_threads=num_threads, seed=seed,
@@ -108,8 +124,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(self.checkpoint.path)
         self._model = _C.Model(self.checkpoint.model_config(self.dtype))
         load_weights(self._model, self.checkpoint.path)
-        profile = None if latency_profile is None else [(r, float(ms)) for r, ms in latency_profile]
-        self._start_engine(options, native, profile)
+        self._start_engine(options, native, to_profile(latency_profile))
 
     def with_options(self, **changes: Any) -> LLM:
         """A new LLM with its own engine over the same weights and tokenizer (nothing is copied).
@@ -122,7 +137,10 @@ class LLM:
         Raises TypeError for an unknown name and ValueError for a bad value.
         """
         if "decode_mode" in changes:
-            changes = {"chunk_length": None, "chunk_arms": (), "recompute_block": False} | changes
+            changes = {
+                "chunk_length": None, "chunk_arms": (), "chunk_schedule": None,
+                "recompute_block": False,
+            } | changes  # fmt: skip
         options = dataclasses.replace(self.options, **changes)
         kept = all(
             getattr(options, name) == getattr(self.options, name)
@@ -137,7 +155,7 @@ class LLM:
         self,
         options: EngineOptions,
         native: _C.EngineConfig,
-        profile: list[tuple[int, float]] | None,
+        profile: _C.LatencyProfile | None,
     ) -> None:
         self.options = options
         self.engine = _C.Engine(self._model, native)
@@ -356,6 +374,16 @@ class LLM:
                 "tokenizer.json: pass token ids"
             )
         return self.tokenizer
+
+
+def to_profile(profile: Profile | None) -> _C.LatencyProfile | None:
+    """A LatencyProfile of a table of decode steps. Raises ValueError for one that does not fit."""
+    if profile is None or isinstance(profile, _C.LatencyProfile):
+        return profile
+    native = _C.LatencyProfile()
+    native.decode = [(rows, float(ms)) for rows, ms in profile]
+    native.validate()
+    return native
 
 
 def _as_list(

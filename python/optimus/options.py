@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
     from . import _C
     from .config import Checkpoint
 
-DECODE_MODES = ("ar", "block", "chunk", "elastic")
+DECODE_MODES = ("ar", "block", "chunk", "schedule", "elastic", "elastic_per_request")
+ELASTIC_MODES = ("elastic", "elastic_per_request")
 KV_POLICIES = ("freeze", "refresh", "auto")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 DEFAULT_KV_POLICY = "auto"
@@ -28,6 +30,10 @@ class EngineOptions:
     decode_mode: str = "elastic"
     chunk_length: int | None = None
     chunk_arms: Sequence[int] = ()
+    chunk_schedule: Mapping[str, int] | None = None
+    quality_floor: float | str | None = "block"
+    target_tpot_ms: float | None = None
+    target_ttft_ms: float | None = None
     recompute_block: bool = False
     kv_policy: str = DEFAULT_KV_POLICY
     max_num_seqs: int = 32
@@ -37,6 +43,7 @@ class EngineOptions:
     page_size: int | None = None
     enable_prefix_cache: bool = True
     num_threads: int | None = None
+    step_log_size: int = 4096
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,26 +54,36 @@ class EngineOptions:
         for name in sizes:
             _check_int(name, getattr(self, name), 1)
         _check_int("seed", self.seed, 0)
+        _check_int("step_log_size", self.step_log_size, 0)
+        for name in ("target_tpot_ms", "target_ttft_ms"):
+            _check_positive(name, getattr(self, name))
+        _check_floor(self.quality_floor)
+        if (self.decode_mode == "schedule") != (self.chunk_schedule is not None):
+            raise ValueError(
+                "[llm] chunk_schedule and decode_mode 'schedule' go together, got "
+                f"chunk_schedule={self.chunk_schedule!r} with decode_mode {self.decode_mode!r}"
+            )
         for arm in self.chunk_arms:
             _check_int("chunk_arms", arm, 1)
         for name in ("recompute_block", "enable_prefix_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"[llm] {name} must be a bool, got {getattr(self, name)!r}")
-        for name, value, mode in (
-            ("chunk_length", self.chunk_length, "chunk"),
-            ("recompute_block", self.recompute_block or None, "chunk"),
-            ("chunk_arms", tuple(self.chunk_arms) or None, "elastic"),
+        for name, value, modes in (
+            ("chunk_length", self.chunk_length, ("chunk",)),
+            ("recompute_block", self.recompute_block or None, ("chunk",)),
+            ("chunk_arms", tuple(self.chunk_arms) or None, ELASTIC_MODES),
         ):
-            if value is not None and self.decode_mode != mode:
+            if value is not None and self.decode_mode not in modes:
                 raise ValueError(
-                    f"[llm] {name}={value!r} has a meaning in decode_mode {mode!r} only, got "
-                    f"decode_mode {self.decode_mode!r}"
+                    f"[llm] {name}={value!r} has a meaning in decode_mode "
+                    f"{' or '.join(map(repr, modes))} only, got decode_mode {self.decode_mode!r}"
                 )
 
     def uses_latency_profile(self) -> bool:
         """Whether the engine weighs rows against time, and so needs a profile."""
         chunked = self.decode_mode == "chunk" and not self.recompute_block
-        return self.decode_mode == "elastic" or (chunked and self.kv_policy == "auto")
+        chunked = chunked or self.decode_mode == "schedule"
+        return self.decode_mode in ELASTIC_MODES or (chunked and self.kv_policy == "auto")
 
     def to_native(self, checkpoint: Checkpoint, dtype: str) -> _C.EngineConfig:
         """The C++ form for one checkpoint; raises ValueError where the two do not fit."""
@@ -85,6 +102,12 @@ class EngineOptions:
         native.chunk_length = self.chunk_length or min(DEFAULT_CHUNK_LENGTH, block)
         native.recompute_block = self.recompute_block
         native.chunk_arms = list(self.chunk_arms)
+        native.chunk_schedule = parse_schedule(self.chunk_schedule, block)
+        if isinstance(self.quality_floor, float | int):
+            native.quality_floor = float(self.quality_floor)
+        native.target_tpot_ms = self.target_tpot_ms or 0.0
+        native.target_ttft_ms = self.target_ttft_ms or 0.0
+        native.step_log_size = self.step_log_size
         native.max_num_seqs = self.max_num_seqs
         native.max_num_batched_rows = self.max_num_batched_rows
         native.max_model_len = plan.max_model_len
@@ -183,6 +206,44 @@ def parse_mode(text: str) -> tuple[str, int | None]:
     if mode != "chunk" or not length.isdecimal():
         raise ValueError(f"[llm] mode must look like 'chunk:4' to carry a length, got {text!r}")
     return mode, int(length)
+
+
+def parse_schedule(schedule: Mapping[str, int] | None, block: int) -> list[tuple[int, int]]:
+    """{"1-16": 16, "17-64": 8, "65-": 4} -> [(16, 16), (64, 8), (2**31 - 1, 4)].
+
+    Keys are ranges of the number of decoding requests, ascending without gaps from 1; values are
+    chunk lengths. The last range may be open. Raises ValueError.
+    """
+    entries: list[tuple[int, int]] = []
+    for key, length in (schedule or {}).items():
+        first, dash, last = str(key).partition("-")
+        expected = entries[-1][0] + 1 if entries else 1
+        most = (
+            int(last) if last.isdecimal() else 2**31 - 1 if dash and not last else int(first or 0)
+        )
+        if not first.isdecimal() or int(first) != expected or most < expected:
+            raise ValueError(
+                f"[llm] chunk_schedule ranges must ascend without gaps like '1-16', got {key!r} "
+                f"where a range from {expected} should be"
+            )
+        _check_int("chunk_schedule", length, 1)
+        _check_chunk("chunk_schedule", length, block)
+        entries.append((most, length))
+    return entries
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise ValueError(f"[llm] {name} must be a number > 0, got {value!r}")
+
+
+def _check_floor(floor: float | str | None) -> None:
+    if floor is None or floor == "block":
+        return
+    if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor <= 1:
+        raise ValueError(
+            f"[llm] quality_floor must be 'block', an accuracy in [0, 1] or None, got {floor!r}"
+        )
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
