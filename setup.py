@@ -1,7 +1,7 @@
 """Builds the extension module optimus._C from csrc/. Everything else is in pyproject.toml.
 
 OPTIMUS_CUDA=auto|0|1 (default auto) chooses the CUDA backend: 0 leaves it out, 1 requires it, auto
-takes it when nvcc is found. nvcc compiles the .cu files here instead of torch's CUDAExtension, which
+takes it when nvcc is found. nvcc compiles the .cu files here, not torch's CUDAExtension, which
 needs a CUDA build of torch: so the CPU wheel of torch builds and links the real kernels, and the
 module imports on a machine without a GPU (the CUDA runtime is linked statically).
 """
