@@ -34,7 +34,8 @@ DEMO_BENCH = $(BIN)/optimus bench offline --concurrency 1,4 --modes ar,block,chu
 TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE
 
 ENGINE_FILES := $(shell find csrc -type f)
-CXX_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.inl' -o -name '*.cpp')
+CXX_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.inl' -o -name '*.cpp' \
+              -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup extension demo test test-cpp test-python lint format sanitize bench clean
 

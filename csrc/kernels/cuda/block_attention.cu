@@ -1,0 +1,166 @@
+// Host side of block attention: argument checks, the workspace's layout, tensor maps, launches.
+#include "kernels/cuda/block_attention.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "kernels/cuda/block_attention_combine.cuh"
+#include "kernels/cuda/block_attention_kernel.cuh"
+#include "kernels/cuda/block_attention_launch.cuh"
+#include "kernels/cuda/block_attention_schedule.cuh"
+
+namespace optimus::cuda {
+namespace attention {
+namespace {
+
+void check_shape(const BlockAttentionParams& params) {
+  OPTIMUS_CHECK(params.dtype == DType::bfloat16, "[block_attention] dtype must be bfloat16, got ",
+                dtype_name(params.dtype));
+  OPTIMUS_CHECK(params.head_dim == 64 || params.head_dim == 128,
+                "[block_attention] head_dim must be 64 or 128, got ", params.head_dim);
+  OPTIMUS_CHECK(params.num_kv_heads >= 1 && params.num_q_heads >= 1 &&
+                    params.num_q_heads % params.num_kv_heads == 0 &&
+                    params.num_q_heads / params.num_kv_heads <= 16,
+                "[block_attention] num_q_heads must be 1 to 16 times num_kv_heads, got ",
+                params.num_q_heads, " and ", params.num_kv_heads);
+  OPTIMUS_CHECK(params.num_seqs >= 0 && params.max_rows >= 0,
+                "[block_attention] num_seqs and max_rows must be >= 0, got ", params.num_seqs,
+                " and ", params.max_rows);
+}
+
+void check_step(const BlockAttentionParams& params) {
+  check_shape(params);
+  OPTIMUS_CHECK(params.workspace != nullptr, "[block_attention] workspace must not be null");
+  OPTIMUS_CHECK(params.workspace_bytes >= block_attention_workspace_bytes(params),
+                "[block_attention] workspace_bytes must be >= ",
+                block_attention_workspace_bytes(params), ", got ", params.workspace_bytes);
+  OPTIMUS_CHECK(params.cu_seqlens_q != nullptr && params.kv_limits != nullptr,
+                "[block_attention] null pointer for cu_seqlens_q or kv_limits");
+}
+
+void check_layer(const BlockAttentionParams& params) {
+  check_step(params);
+  int page_size = params.page_size;
+  OPTIMUS_CHECK(page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128,
+                "[block_attention] page_size must be 16, 32, 64 or 128, got ", page_size);
+  OPTIMUS_CHECK(params.scale > 0, "[block_attention] scale must be > 0, got ", params.scale);
+  OPTIMUS_CHECK(params.q != nullptr && params.k_pages != nullptr && params.v_pages != nullptr &&
+                    params.page_table != nullptr && params.out != nullptr,
+                "[block_attention] null pointer for q, k_pages, v_pages, page_table or out");
+}
+
+// Every sequence has at most one item more than its packed rows fill.
+Workspace layout_workspace(const BlockAttentionParams& params) {
+  Workspace ws = {};
+  int packed_rows = params.max_rows * (params.num_q_heads / params.num_kv_heads);
+  ws.num_shares = device_attribute(cudaDevAttrMultiProcessorCount);
+  ws.max_items = params.num_seqs + packed_rows / kMaxPackedRows;
+  ws.partial_rows = std::min(kMaxPackedRows, (packed_rows + 15) / 16 * 16);
+  char* base = static_cast<char*>(params.workspace);
+  auto take = [&](size_t bytes) {
+    char* at = base + ws.bytes;
+    ws.bytes += (bytes + 255) / 256 * 256;
+    return at;
+  };
+  size_t partial_rows = size_t{2} * ws.num_shares * ws.partial_rows;
+  ws.header = reinterpret_cast<Header*>(take(sizeof(Header)));
+  ws.shares = reinterpret_cast<Share*>(take(sizeof(Share) * ws.num_shares));
+  ws.merges = reinterpret_cast<Merge*>(take(sizeof(Merge) * ws.num_shares));
+  ws.items = reinterpret_cast<Item*>(take(sizeof(Item) * ws.max_items));
+  ws.tile_offsets = reinterpret_cast<int*>(take(sizeof(int) * ws.max_items));
+  ws.partial_ml = reinterpret_cast<float2*>(take(sizeof(float2) * partial_rows));
+  ws.partial_out =
+      reinterpret_cast<float*>(take(sizeof(float) * partial_rows * params.head_dim));
+  return ws;
+}
+
+// K or V pages as rows of head_dim elements; a box is 64 columns by the keys of a tile that share a
+// page. The number of pages is not known here, so the row bound is nominal.
+CUtensorMap make_tensor_map(const void* pages, int head_dim, int page_size) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                cudaEnableDefault, &found),
+               "cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(function);
+  }();
+  CUtensorMap map;
+  cuuint64_t sizes[2] = {static_cast<cuuint64_t>(head_dim), 0x7fffffff};
+  cuuint64_t strides[1] = {static_cast<cuuint64_t>(head_dim) * 2};
+  cuuint32_t box[2] = {64, static_cast<cuuint32_t>(std::min(page_size, kTileKeys))};
+  cuuint32_t element_strides[2] = {1, 1};
+  CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(pages),
+                           sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  OPTIMUS_CHECK(status == CUDA_SUCCESS, "[block_attention] cuTensorMapEncodeTiled failed with ",
+                static_cast<int>(status), " (k_pages and v_pages must be 16-byte aligned)");
+  return map;
+}
+
+template <int kHeadDim>
+void launch_attention(const BlockAttentionParams& params, const Workspace& ws, void* stream) {
+  using Layout = SharedLayout<kHeadDim>;
+  auto* kernel = attention_kernel<kHeadDim>;
+  int available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int num_slots = std::min(kMaxSlots, (available - Layout::bytes(0)) / (2 * tile_bytes<kHeadDim>()));
+  OPTIMUS_CHECK(num_slots >= 1, "[block_attention] needs ", Layout::bytes(1),
+                " bytes of shared memory per block, this GPU has ", available);
+  int shared_bytes = Layout::bytes(num_slots);
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+      "cudaFuncSetAttribute");
+  CUtensorMap k_map = {}, v_map = {};
+  if (is_sm90_code(kernel)) {
+    k_map = make_tensor_map(params.k_pages, kHeadDim, params.page_size);
+    v_map = make_tensor_map(params.v_pages, kHeadDim, params.page_size);
+  }
+  int page_shift = 0;
+  while (1 << page_shift < params.page_size) ++page_shift;
+  AttentionArgs args = {static_cast<const __nv_bfloat16*>(params.q),
+                        static_cast<const __nv_bfloat16*>(params.k_pages),
+                        static_cast<const __nv_bfloat16*>(params.v_pages),
+                        params.kv_limits,
+                        params.page_table,
+                        static_cast<__nv_bfloat16*>(params.out),
+                        params.num_q_heads,
+                        params.num_kv_heads,
+                        params.num_q_heads / params.num_kv_heads,
+                        page_shift,
+                        params.page_table_stride,
+                        num_slots,
+                        params.scale * 1.44269504f,
+                        ws};
+  launch_dependent(kernel, ws.num_shares, kThreads, shared_bytes, stream, args, k_map, v_map);
+}
+
+}  // namespace
+}  // namespace attention
+
+size_t block_attention_workspace_bytes(const BlockAttentionParams& params) {
+  attention::check_shape(params);
+  return attention::layout_workspace(params).bytes;
+}
+
+void block_attention_schedule(const BlockAttentionParams& params, void* stream) {
+  if (params.num_seqs == 0 || params.max_rows == 0) return;
+  attention::check_step(params);
+  attention::launch_schedule(params, attention::layout_workspace(params), stream);
+}
+
+void block_attention(const BlockAttentionParams& params, void* stream) {
+  if (params.num_seqs == 0 || params.max_rows == 0) return;
+  attention::check_layer(params);
+  attention::Workspace ws = attention::layout_workspace(params);
+  if (params.head_dim == 128) {
+    attention::launch_attention<128>(params, ws, stream);
+  } else {
+    attention::launch_attention<64>(params, ws, stream);
+  }
+  attention::launch_combine(params, ws, stream);
+}
+
+}  // namespace optimus::cuda

@@ -1,0 +1,73 @@
+// Block attention on CUDA: the entry points, and the workspace its three kernels share.
+//
+//   block_attention_schedule   reads cu_seqlens_q and kv_limits on the device and cuts the step's work
+//                              into equal shares, one per CTA. Once per step, for all layers.
+//   block_attention            walks the shares (attention kernel), then merges what was cut across
+//                              shares (combine kernel).
+//
+// The unit of work is a *tile*: kTileKeys keys of one KV head against one *item*, and an item is up
+// to kMaxPackedRows packed rows (row x GQA group) of one sequence. Tiles are numbered item by item,
+// within an item KV head by KV head, within a head by key; share c is the c-th equal interval of
+// these numbers. A *piece* is the part of one (item, head) that lies in one share: a share holds at
+// most one piece that began in an earlier share (partial slot 0) and one that goes on into a later
+// share (partial slot 1); all pieces in between are whole and go straight to the output.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/ops.h"
+
+namespace optimus::cuda {
+
+size_t block_attention_workspace_bytes(const BlockAttentionParams&);
+void block_attention_schedule(const BlockAttentionParams&, void* stream);
+void block_attention(const BlockAttentionParams&, void* stream);
+
+namespace attention {
+
+constexpr int kTileKeys = 64;
+constexpr int kMaxPackedRows = 128;
+
+// A sequence's packed rows [packed_begin, packed_begin + packed_count).
+struct Item {
+  int seq, row_begin;  // row_begin: the sequence's first row in q
+  int packed_begin, packed_count;
+  int num_tiles;                // key tiles of one head, up to the largest limit
+  int first_limit, last_limit;  // smallest and largest kv_limit of its rows
+  int pad;
+};
+
+struct Share {
+  Item item;  // a copy of items[item_idx], to start without another dependent load
+  int item_idx, head, first_tile;
+  int num_tiles;  // of the share; 0 = nothing to do
+};
+
+// One (item, head) cut across the shares [first_share, first_share + num_parts).
+struct Merge {
+  int first_share, num_parts, item_idx, head;
+};
+
+struct Header {
+  int num_merges;
+  int merge_rows;  // largest packed_count of any item
+  int pad[2];
+};
+
+// Pointers into the caller's workspace.
+struct Workspace {
+  Header* header;
+  Share* shares;      // [num_shares]
+  Merge* merges;      // [num_shares]
+  Item* items;        // [max_items]
+  int* tile_offsets;  // [max_items] number of the item's first tile
+  float2*
+      partial_ml;  // [num_shares * 2, partial_rows] running max (of scores * scale * log2 e), sum
+  float* partial_out;  // [num_shares * 2, partial_rows, head_dim] unnormalised sums
+  int num_shares, max_items, partial_rows;
+  size_t bytes;
+};
+
+}  // namespace attention
+}  // namespace optimus::cuda

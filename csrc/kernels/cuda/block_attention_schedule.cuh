@@ -1,0 +1,11 @@
+// Cuts a step's attention into equal shares, on the device: one CTA, two prefix sums (items per
+// sequence, tiles per item), then one thread per share that finds where its interval begins.
+#pragma once
+
+#include "kernels/cuda/block_attention.h"
+
+namespace optimus::cuda::attention {
+
+void launch_schedule(const BlockAttentionParams&, const Workspace&, void* stream);
+
+}  // namespace optimus::cuda::attention

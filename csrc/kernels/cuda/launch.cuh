@@ -1,0 +1,78 @@
+// How every kernel here is launched: by programmatic dependent launch where the GPU has it.
+//
+// A dependent kernel's CTAs become resident while the kernel before it drains, which hides most of
+// a launch. For that every kernel begins with wait_for_previous_kernel(), before any access to
+// global memory, and then allows its own successor to start the same way. The wait covers complete
+// kernels and their memory, and each of them waited in turn, so the stream order of memory holds.
+// Kernels of libraries are launched plainly and wait for everything before them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "core/cuda_check.h"
+
+namespace optimus::cuda {
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+struct DeviceProperties {
+  int major = 0, num_sms = 0;
+};
+
+// Of the current device; cached, since a step asks once per kernel.
+inline const DeviceProperties& device_properties() {
+  constexpr int kMaxDevices = 64;
+  static thread_local DeviceProperties cache[kMaxDevices];
+  int device = 0;
+  OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
+  DeviceProperties& properties = cache[device % kMaxDevices];
+  if (properties.num_sms == 0) {
+    OPTIMUS_CUDA_CHECK(
+        cudaDeviceGetAttribute(&properties.major, cudaDevAttrComputeCapabilityMajor, device));
+    OPTIMUS_CUDA_CHECK(
+        cudaDeviceGetAttribute(&properties.num_sms, cudaDevAttrMultiProcessorCount, device));
+  }
+  return properties;
+}
+
+struct LaunchShape {
+  dim3 grid, block;
+  int cluster = 1;          // CTAs per cluster along x; needs compute capability 9
+  size_t shared_bytes = 0;  // dynamic
+};
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream,
+            Args&&... args) {
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (device_properties().major >= 9) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    if (shape.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim.x = shape.cluster;
+      attributes[count].val.clusterDim.y = 1;
+      attributes[count++].val.clusterDim.z = 1;
+    }
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  OPTIMUS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Params(std::forward<Args>(args))...));
+}
+
+inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+}  // namespace optimus::cuda
