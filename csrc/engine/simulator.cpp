@@ -76,7 +76,8 @@ void Simulator::fill_confidences(const StepPlan& plan) {
     if (seq.prefill_len > 0) continue;
     const Request& request = *seq.request;
     const CommitTrace& trace = traces_[trace_of_.at(request.id)];
-    BlockConfidence confidence(trace, request.params.max_tokens != trace.num_tokens);
+    BlockConfidence confidence(trace, seq.chunk_length,
+                               request.params.max_tokens != trace.num_tokens);
     for (; row < num_logit_rows && rows.logit_slots[row] == request.slot; ++row) {
       const int idx = request.block_start + rows.logit_offsets[row] - request.prompt_len();
       out.token_ids[row] = 1;
