@@ -39,13 +39,62 @@ class Model:
     def num_parameters(self) -> int: ...
     def weight_bytes(self) -> int: ...
 
+class MeasuredArm:
+    """One line of a calibration: chunk decoding with these settings, on paired prompts."""
+
+    def __init__(
+        self,
+        *,
+        threshold: float,
+        chunk_length: int,
+        refresh: bool,
+        accuracy: float,
+        difference_upper: float,
+    ) -> None: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def chunk_length(self) -> int: ...
+    @property
+    def refresh(self) -> bool: ...
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0..1."""
+
+    @property
+    def difference_upper(self) -> float:
+        """Upper 95% bound of accuracy minus block decoding's at the same threshold."""
+
+class LatencyProfile:
+    """Measured time of a step: a curve over rows, and one over keys read on top of it.
+
+    Fields are copied in and out: assign whole lists.
+    """
+
+    decode: list[tuple[int, float]]  # (rows, ms), every row a mask row; rows ascend, times > 0
+    prefill: list[tuple[int, float]]  # (rows, ms), no row a mask row; empty = as decode
+    kv: list[tuple[int, float]]  # (keys read, ms above `decode`); empty = 0
+    is_padded: bool  # a step costs what the next of decode's row counts costs
+    def __init__(self) -> None: ...
+    def validate(self) -> None:
+        """Raises ValueError naming what does not ascend or is not positive."""
+
+    def ms(self, rows: int, prefill_rows: int = 0, kv_tokens: int = 0) -> float:
+        """Measured time of a step, between and beyond the points. Raises like `validate`."""
+
 class EngineConfig:
-    decode_mode: str  # "ar" | "block" | "chunk" | "elastic"
+    decode_mode: str  # "ar" | "block" | "chunk" | "schedule" | "elastic" | "elastic_per_request"
     kv_policy: str  # "freeze" | "refresh" | "auto"
     block_length: int
     chunk_length: int  # chunk mode
     recompute_block: bool  # chunk mode: feed every position of the block each step, like block mode
-    chunk_arms: list[int]  # elastic mode; empty = powers of two from 2 to block_length
+    chunk_schedule: list[tuple[int, int]]  # schedule mode: (most requests, chunk length)
+    chunk_arms: list[int]  # elastic modes; empty = powers of two from 2 to block_length
+    measured_arms: list[MeasuredArm]  # elastic modes: calibration; empty = nothing known
+    quality_floor: float | None  # elastic modes: accuracy; None = block decoding's
+    target_tpot_ms: float  # per request and output token; 0 = none
+    target_ttft_ms: float  # arrival to first token; 0 = none
+    step_log_size: int  # steps remembered
     max_num_seqs: int
     max_num_batched_rows: int
     max_model_len: int
@@ -95,21 +144,41 @@ class RequestUpdate:
     num_known: int  # leading output tokens that are final and contiguous
     finish_reason: str | None  # None while running, "stop" | "length" | "abort"
 
-class StepRecord:
-    """What one step did; a step without work has rows == 0."""
+class ArmEstimate:
+    """One chunk length as an elastic policy judged it; per step of the whole batch."""
 
-    step: int
+    chunk_length: int
+    refresh: bool
+    commits: float
+    rows: float
+    ms: float
+    tpot_ms: float
+    verdict: str
+
+class StepRecord:
+    """What one step did, and why; a step without work has rows == 0."""
+
+    step: int  # from 1
+    start_s: float  # engine clock
     rows: int
     prefill_rows: int
+    refresh_rows: int
     logit_rows: int
     num_seqs: int
-    chunk_length: int
-    refresh_rows: int
+    num_decoding: int
+    num_waiting: int
+    kv_tokens: int
+    chunk_length: int  # the policy's choice (per request: the longest), 0 without decode rows
+    refresh: bool  # finished blocks are refreshed
+    chunk_lengths: list[int]  # masks each decoding request evaluated
     commits: int
-    predicted_ms: float
+    expected_commits: float  # 0 = not estimated
+    predicted_ms: float  # 0 = no profile
     forward_ms: float
     step_ms: float
+    meets_target: bool
     reason: str
+    arms: list[ArmEstimate]  # what an elastic policy compared
 
 class StepOutput:
     updates: list[RequestUpdate]
@@ -125,7 +194,9 @@ class RequestState:
     output_token_ids: list[int]  # -1 where masked
     output_logprobs: list[float]
     output_confidences: list[float]
-    output_steps: list[int]
+    output_steps: list[int]  # 0 where masked
+    block_start: int  # position of the current block
+    open_confidences: list[float]  # masks the last step evaluated and left, in order
     metrics: RequestMetrics
 
 class Engine:
@@ -150,10 +221,27 @@ class Engine:
     def release(self, id: int) -> None:
         """Forgets a finished request."""
 
-    def profile(self, repeats: int = 3) -> list[tuple[int, float]]:
-        """Measures step time over row counts, installs and returns the table (rows, ms)."""
+    def profile(self, repeats: int = 3) -> LatencyProfile:
+        """Measures step time over rows and contexts, installs and returns it. Only while idle."""
 
-    def set_profile(self, points: list[tuple[int, float]]) -> None: ...
+    def set_profile(self, profile: LatencyProfile) -> None: ...
+    @property
+    def overhead_ms(self) -> float:
+        """Time between two forwards, as learned: host work."""
+
+    def predict_ms(self, rows: int, prefill_rows: int = 0, kv_tokens: int = 0) -> float:
+        """From one step to the next, corrected by what was seen. Requires a profile."""
+
+    def relative_error(self, rows: int) -> float:
+        """Relative error to expect of `predict_ms`."""
+
+    def step_records(self) -> list[StepRecord]:
+        """The last `step_log_size` steps, oldest first."""
+
+    def reliability(self) -> dict[str, list[tuple[float, float, float]]]:
+        """Calibration of the commit model, "by_probability" (tenths) and "by_rank": of each bin
+        (masks, sum of predicted probabilities, commits)."""
+
     def forward(
         self,
         token_ids: Sequence[int],
@@ -203,3 +291,68 @@ class PrefixCache:
     def num_evictable(self) -> int: ...
     @property
     def num_cached(self) -> int: ...
+
+class CommitTrace:
+    """A recorded answer, as csrc/engine/commit_process.h describes it."""
+
+    def __init__(
+        self,
+        *,
+        prompt_len: int,
+        num_tokens: int,
+        levels: Sequence[int],
+        confidence_begin: Sequence[int],
+        confidences: Sequence[float],
+    ) -> None: ...
+    @property
+    def prompt_len(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def levels(self) -> list[int]: ...
+
+class SimulatorConfig:
+    engine: EngineConfig
+    latency: LatencyProfile  # what steps really take
+    profile: LatencyProfile  # what the engine believes at the start; empty = `latency`
+    without_profile: bool  # the engine believes nothing
+    host_ms: float  # between two steps
+    jitter: float  # relative standard deviation of a step's time
+    outlier_share: float  # of steps that take outlier_factor times as long
+    outlier_factor: float
+    slowdowns: list[tuple[float, float]]  # (from this second on, time factor)
+    oracle: bool  # evaluate every mask, charge only for those that commit
+    seed: int
+    def __init__(self) -> None: ...
+
+class SimulatedRequest:
+    @property
+    def id(self) -> int: ...
+    @property
+    def prompt_len(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def metrics(self) -> RequestMetrics: ...
+
+class Simulator:
+    """The engine's scheduler and policies with a virtual clock and recorded confidences."""
+
+    def __init__(self, config: SimulatorConfig, traces: Sequence[CommitTrace]) -> None: ...
+    def add_request(
+        self, arrival_s: float, prompt_len: int, trace: int, params: SamplingParams
+    ) -> int:
+        """A request that decodes trace number `trace` until max_tokens. Arrivals never descend."""
+
+    def run(self, until_s: float, max_steps: int) -> int:
+        """Steps until nothing is left, `until_s` has come or `max_steps` were run; their number."""
+
+    def take_finished(self) -> list[SimulatedRequest]:
+        """Requests that finished since the last call, in the order in which they did."""
+
+    @property
+    def now_s(self) -> float: ...
+    @property
+    def num_unfinished(self) -> int: ...
+    def step_records(self) -> list[StepRecord]: ...
+    def reliability(self) -> dict[str, list[tuple[float, float, float]]]: ...
