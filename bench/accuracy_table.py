@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import optimus
-from optimus.bench import git_commit, machine
 from optimus.evaluate import Task, generate_answers, is_correct, load_tasks, wilson_interval
+from optimus.machine import git_commit, machine
 from optimus.outputs import RequestOutput
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)

@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 
 import optimus
-from optimus.bench import git_commit, machine
 from optimus.evaluate import generate_answers, load_tasks
+from optimus.machine import git_commit, machine
 from optimus.outputs import RequestOutput
 
 

@@ -24,9 +24,9 @@ import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import optimus
-from optimus.bench import git_commit, machine
 from optimus.config import DEMO_MODEL
 from optimus.evaluate import load_tasks
+from optimus.machine import git_commit, machine
 
 
 def load_plain_model(path: Path, dtype: torch.dtype) -> Qwen3ForCausalLM:

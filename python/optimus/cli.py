@@ -1,4 +1,4 @@
-"""The `optimus` command. Only this module (and `display`) prints; the work is in the library."""
+"""The `optimus` command. Only the `cli` modules and `display` print; the work is in the library."""
 
 from __future__ import annotations
 
@@ -11,6 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from .cli_bench import bench_app
+from .cli_options import (
+    AsJson,
+    BlockLength,
+    ChunkLength,
+    Dtype,
+    KvPolicy,
+    MaskTokenId,
+    MaxTokens,
+    Mode,
+    Model,
+    Raw,
+    Seed,
+    Tasks,
+    Temperature,
+    Threads,
+    Threshold,
+    load_llm,
+    print_json,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -25,34 +47,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-# Options that several commands share.
-Model = Annotated[Path | None, typer.Option(help="Checkpoint directory. Default: the demo model.")]
-Mode = Annotated[
-    str, typer.Option(help="ar, block, chunk (or chunk:4), or elastic.", show_default=True)
-]
-ChunkLength = Annotated[int | None, typer.Option(help="Masks per forward, for --mode chunk.")]
-KvPolicy = Annotated[str | None, typer.Option(help="freeze, refresh or auto.")]
-Threshold = Annotated[
-    float | None, typer.Option(help="Confidence above which masks commit. Default: the model's.")
-]
-MaxTokens = Annotated[int | None, typer.Option(help="Most output tokens. Default: the context.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's.")]
-Seed = Annotated[int, typer.Option(help="Of sampling at a temperature above 0.")]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16; auto is float32 on the CPU.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")]
-BlockLength = Annotated[int | None, typer.Option(help="If the checkpoint does not say.")]
-MaskTokenId = Annotated[int | None, typer.Option(help="If the checkpoint does not say.")]
-Raw = Annotated[bool, typer.Option("--raw", help="No chat template.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
-Tasks = Annotated[
-    Path | None, typer.Option(help="JSONL of id, task, prompt, answer. Default: demo tasks.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -93,11 +91,11 @@ def generate(
     prompts = _read_prompts(prompt, file)
     if watch and (json_output or len(prompts) != 1):
         raise ValueError("[cli] --watch shows one prompt, and not as --json")
-    llm = _load(
+    llm = load_llm(
         model, mode, chunk_length, kv_policy, seed=seed, dtype=dtype, num_threads=threads,
         block_length=block_length, mask_token_id=mask_token_id,
     )  # fmt: skip
-    params = _params(threshold, max_tokens, temperature)
+    params = sampling_params(threshold, max_tokens, temperature)
     has_template = llm.tokenizer is not None and llm.tokenizer.chat_template is not None
     chats = [[{"role": "user", "content": p}] for p in prompts]
     if watch and llm.tokenizer is not None:
@@ -129,11 +127,11 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
 ) -> None:
     """Talk to the model. /reset forgets the conversation, /exit or Ctrl-D ends it."""
-    llm = _load(
+    llm = load_llm(
         model, mode, chunk_length, kv_policy, seed=seed, dtype=dtype, num_threads=threads,
         block_length=block_length, mask_token_id=mask_token_id,
     )  # fmt: skip
-    params = _params(threshold, max_tokens, temperature)
+    params = sampling_params(threshold, max_tokens, temperature)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     _err.print("[dim]/reset forgets the conversation, /exit ends it[/dim]")
@@ -168,7 +166,7 @@ def inspect(
 
     found = inspect_checkpoint(directory, block_length=block_length, mask_token_id=mask_token_id)
     if json_output:
-        _print_json({"facts": found.facts, "problems": found.problems})
+        print_json({"facts": found.facts, "problems": found.problems})
     else:
         facts = [(name, str(value)) for name, value in found.facts.items()]
         _out.print(display.facts_table(facts, "checkpoint"))
@@ -203,116 +201,20 @@ def evaluate_command(
     from .evaluate import evaluate, load_tasks
 
     task_list = load_tasks(tasks, num_prompts)
-    llm = _load(
+    llm = load_llm(
         model, mode, chunk_length, kv_policy, seed=seed, dtype=dtype, num_threads=threads,
         block_length=block_length, mask_token_id=mask_token_id, max_num_seqs=concurrency,
     )  # fmt: skip
-    result = evaluate(llm, task_list, _params(threshold, max_tokens, temperature), raw=raw)
+    result = evaluate(llm, task_list, sampling_params(threshold, max_tokens, temperature), raw=raw)
     if json_output:
         arguments = {
             "mode": mode, "chunk_length": chunk_length, "kv_policy": llm.options.kv_policy,
             "threshold": threshold, "concurrency": concurrency, "num_prompts": len(task_list),
         }  # fmt: skip
-        _print_json({"arguments": arguments, **result.to_dict()})
+        print_json({"arguments": arguments, **result.to_dict()})
         return
     _out.print(display.eval_table(result, f"exact match, mode {mode}"))
     _out.print(display.eval_line(result))
-
-
-@bench_app.command()
-def offline(
-    model: Model = None,
-    tasks: Tasks = None,
-    modes: Annotated[
-        str, typer.Option(help="Comma-separated.")
-    ] = "ar,block,chunk:4,chunk:8,elastic",
-    concurrency: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,16",
-    num_prompts: Annotated[int, typer.Option(help="The first N tasks.")] = 32,
-    kv_policy: KvPolicy = None,
-    threshold: Threshold = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = None,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    block_length: BlockLength = None,
-    mask_token_id: MaskTokenId = None,
-    raw: Raw = False,
-    output: Annotated[Path | None, typer.Option(help="Write JSON to this file.")] = None,
-    json_output: AsJson = False,
-) -> None:
-    """Compare decode modes over a fixed set of prompts, in one process over one set of weights."""
-    from . import display
-    from .bench import bench_offline, git_commit, machine
-    from .evaluate import load_tasks
-
-    concurrencies = [_positive_int(c) for c in _split(concurrency)]
-    arguments = {
-        "model": None if model is None else str(model), "modes": _split(modes),
-        "concurrency": concurrencies,
-        "num_prompts": num_prompts, "threshold": threshold, "max_tokens": max_tokens,
-        "temperature": temperature, "seed": seed, "dtype": dtype, "threads": threads, "raw": raw,
-        "tasks": None if tasks is None else str(tasks),
-    }  # fmt: skip
-    task_list = load_tasks(tasks, num_prompts)
-    llm = _load(
-        model, "elastic", None, kv_policy, seed=seed, dtype=dtype, num_threads=threads,
-        block_length=block_length, mask_token_id=mask_token_id,
-    )  # fmt: skip
-    rows = bench_offline(
-        llm, task_list, _split(modes), concurrencies,
-        _params(threshold, max_tokens, temperature), raw=raw,
-        on_row=lambda row: _err.print(
-            f"[dim]{row.mode} at {row.concurrency}: {row.tokens_per_second:.0f} tok/s[/dim]"
-        ),
-    )  # fmt: skip
-    report = {
-        "machine": machine(),
-        "commit": git_commit(),
-        "arguments": arguments | {"kv_policy": llm.options.kv_policy},
-        "latency_profile": llm.latency_profile,
-        "rows": [row.to_dict() for row in rows],
-    }
-    if output is not None:
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if json_output:
-        _print_json(report)
-    else:
-        _out.print(display.bench_table(rows))
-
-
-def _load(
-    model: Path | None,
-    mode: str,
-    chunk_length: int | None,
-    kv_policy: str | None,
-    *,
-    num_threads: int | None,
-    **options: Any,
-) -> LLM:
-    from .llm import LLM
-    from .options import parse_mode
-
-    decode_mode, mode_length = parse_mode(mode)
-    if kv_policy is not None:
-        options["kv_policy"] = kv_policy
-    return LLM(
-        model,
-        decode_mode=decode_mode,
-        chunk_length=mode_length if chunk_length is None else chunk_length,
-        num_threads=num_threads,
-        **options,
-    )
-
-
-def _params(
-    threshold: float | None, max_tokens: int | None, temperature: float | None
-) -> SamplingParams:
-    from .sampling_params import SamplingParams
-
-    return SamplingParams(
-        confidence_threshold=threshold, max_tokens=max_tokens, temperature=temperature
-    )
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -340,7 +242,7 @@ def _print_outputs(prompts: list[str], outputs: list[RequestOutput], as_json: bo
 
     for prompt, output in zip(prompts, outputs, strict=True):
         if as_json:
-            _print_json(output.to_dict(), indent=None)
+            print_json(output.to_dict(), indent=None)
             continue
         if len(outputs) > 1:
             _out.print(f"[bold]> {escape(prompt)}[/bold]")
@@ -369,20 +271,6 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) ->
     assert output is not None
     _err.print(f"[dim]{escape(metrics_line(output))}[/dim]")
     return output.outputs[0].text
-
-
-def _print_json(value: Any, indent: int | None = 1) -> None:
-    sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"[cli] --concurrency takes ints >= 1, got {text!r}")
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
