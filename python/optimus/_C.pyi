@@ -292,24 +292,43 @@ class PrefixCache:
     @property
     def num_cached(self) -> int: ...
 
-class CommitTrace:
-    """A recorded answer, as csrc/engine/commit_process.h describes it."""
+class CommitRecording:
+    """An answer decoded at one chunk length, as csrc/engine/commit_process.h describes it."""
 
     def __init__(
         self,
         *,
-        prompt_len: int,
-        num_tokens: int,
+        chunk_length: int,
         levels: Sequence[int],
         confidence_begin: Sequence[int],
         confidences: Sequence[float],
+    ) -> None: ...
+    @property
+    def chunk_length(self) -> int: ...
+    @property
+    def levels(self) -> list[int]:
+        """Per position: the forward that committed it."""
+
+    @property
+    def confidence_begin(self) -> list[int]:
+        """[positions + 1] where each position's confidences begin."""
+
+    @property
+    def confidences(self) -> list[float]:
+        """Of a position: oldest first, the last one committed it."""
+
+class CommitTrace:
+    """Recordings of one prompt's answer, by ascending chunk length. Raises ValueError."""
+
+    def __init__(
+        self, *, prompt_len: int, num_tokens: int, recordings: Sequence[CommitRecording]
     ) -> None: ...
     @property
     def prompt_len(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
     @property
-    def levels(self) -> list[int]: ...
+    def recordings(self) -> list[CommitRecording]: ...
 
 class SimulatorConfig:
     engine: EngineConfig

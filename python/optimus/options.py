@@ -215,13 +215,14 @@ def parse_schedule(schedule: Mapping[str, int] | None, block: int) -> list[tuple
     chunk lengths. The last range may be open. Raises ValueError.
     """
     entries: list[tuple[int, int]] = []
+    if schedule is not None and not schedule:
+        raise ValueError(f"[llm] chunk_schedule must hold at least one range, got {schedule!r}")
     for key, length in (schedule or {}).items():
-        first, dash, last = str(key).partition("-")
         expected = entries[-1][0] + 1 if entries else 1
-        most = (
-            int(last) if last.isdecimal() else 2**31 - 1 if dash and not last else int(first or 0)
-        )
-        if not first.isdecimal() or int(first) != expected or most < expected:
+        match = re.fullmatch(r"([0-9]{1,9})(-([0-9]{1,9})?)?", str(key))
+        first = int(match[1]) if match else 0
+        most = int(match[3]) if match and match[3] else 2**31 - 1 if match and match[2] else first
+        if first != expected or most < first:
             raise ValueError(
                 f"[llm] chunk_schedule ranges must ascend without gaps like '1-16', got {key!r} "
                 f"where a range from {expected} should be"
@@ -233,7 +234,8 @@ def parse_schedule(schedule: Mapping[str, int] | None, block: int) -> list[tuple
 
 
 def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):
         raise ValueError(f"[llm] {name} must be a number > 0, got {value!r}")
 
 

@@ -72,6 +72,13 @@ def make_engine(model: _C.Model, **overrides: Any) -> _C.Engine:
     return _C.Engine(model, config)
 
 
+def latency_profile(decode: Sequence[tuple[int, float]]) -> _C.LatencyProfile:
+    """Steps that take the time of this table (rows, ms), whatever they read."""
+    profile = _C.LatencyProfile()
+    profile.decode = list(decode)
+    return profile
+
+
 def sampling_params(params: DecodeParams, **overrides: Any) -> _C.SamplingParams:
     """The engine's sampling parameters for the reference's; EOS ids travel as stop ids."""
     result = _C.SamplingParams()

@@ -190,16 +190,50 @@ def test_an_error_inside_a_step_ends_the_calls_requests(usable: LLM) -> None:
 # ------------------------------------------------------------------------------------ construction
 
 
+def schedule(ranges: dict[str, Any]) -> dict[str, Any]:
+    return {"decode_mode": "schedule", "chunk_schedule": ranges}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"decode_mode": "fast"}, "decode_mode must be one of ar, block, chunk, elastic, got 'f"),
+        ({"decode_mode": "fast"}, "decode_mode must be one of ar, block, .* got 'fast'"),
         ({"kv_policy": "drop"}, "kv_policy must be one of freeze, refresh, auto, got 'drop'"),
         ({"decode_mode": "chunk", "chunk_length": 9}, r"chunk_length must be in .* 8\], got 9"),
         ({"decode_mode": "chunk", "chunk_length": 0}, "chunk_length must be an int >= 1, got 0"),
         ({"decode_mode": "chunk", "chunk_length": -4}, "chunk_length must be an .* got -4"),
         ({"decode_mode": "elastic", "chunk_arms": [2, 16]}, r"chunk_arms must be .* got 16"),
         ({"chunk_length": 4}, "chunk_length=4 has a meaning in decode_mode 'chunk' only"),
+        ({"decode_mode": "block", "chunk_arms": [2]}, "chunk_arms=.* 'elastic_per_request' only"),
+        (
+            {"decode_mode": "schedule", "recompute_block": True, "chunk_schedule": {"1-": 4}},
+            "recompute_block=True has a meaning in decode_mode 'chunk' only",
+        ),
+        ({"decode_mode": "schedule"}, "chunk_schedule and decode_mode 'schedule' go together"),
+        ({"chunk_schedule": {"1-": 4}}, "chunk_schedule and decode_mode 'schedule' go together"),
+        (schedule({}), r"chunk_schedule must hold at least one range, got \{\}"),
+        (schedule({"2-": 4}), r"ascend without gaps .* got '2-' where a range from 1 should be"),
+        (schedule({"1-4": 4, "6-": 2}), "got '6-' where a range from 5 should be"),
+        (schedule({"1-4": 4, "3-": 2}), "got '3-' where a range from 5 should be"),
+        (schedule({"1-": 4, "9-": 2}), "got '9-' where a range from .* should be"),
+        (schedule({"4-1": 4}), "got '4-1' where a range from 1 should be"),
+        (schedule({"1-4-8": 4}), "got '1-4-8' where a range from 1 should be"),
+        (schedule({"-4": 4}), "got '-4' where a range from 1 should be"),
+        (schedule({"many": 4}), "got 'many' where a range from 1 should be"),
+        (schedule({"1-": 0}), "chunk_schedule must be an int >= 1, got 0"),
+        (schedule({"1-": 9}), r"chunk_schedule must be in \[1, block_length 8\], got 9"),
+        (schedule({"1-": 2.5}), "chunk_schedule must be an int >= 1, got 2.5"),
+        ({"quality_floor": 1.01}, r"quality_floor must be .* in \[0, 1\] or None, got 1.01"),
+        ({"quality_floor": -0.1}, "quality_floor must be .*, got -0.1"),
+        ({"quality_floor": float("nan")}, "quality_floor must be .*, got nan"),
+        ({"quality_floor": "ar"}, "quality_floor must be 'block', .* got 'ar'"),
+        ({"quality_floor": True}, "quality_floor must be .*, got True"),
+        ({"target_tpot_ms": 0}, "target_tpot_ms must be a number > 0, got 0"),
+        ({"target_tpot_ms": float("inf")}, "target_tpot_ms must be a number > 0, got inf"),
+        ({"target_ttft_ms": -1.0}, "target_ttft_ms must be a number > 0, got -1.0"),
+        ({"target_ttft_ms": float("nan")}, "target_ttft_ms must be a number > 0, got nan"),
+        ({"target_ttft_ms": True}, "target_ttft_ms must be a number > 0, got True"),
+        ({"step_log_size": -1}, "step_log_size must be an int >= 0, got -1"),
         ({"device": "cuda"}, "device 'cuda' is not in this build"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, got 'int8'"),
         ({"max_num_seqs": 0}, "max_num_seqs must be an int >= 1, got 0"),

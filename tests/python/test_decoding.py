@@ -19,6 +19,7 @@ from engine_testing import (
     assert_same_decoding,
     engine_model,
     generate,
+    latency_profile,
     make_engine,
     sampling_params,
 )
@@ -281,9 +282,10 @@ def test_elastic_mode_with_a_known_choice(arms: list[int]) -> None:
     batch = [random_case(rng, shape["vocab_size"], 8) for _ in range(6)]
     prompts = [prompt for prompt, _ in batch]
     sampling = [sampling_params(params) for _, params in batch]
-    elastic = generate(
-        make_engine(model, decode_mode="elastic", chunk_arms=arms), prompts, sampling
-    )
+    engine = make_engine(model, decode_mode="elastic", chunk_arms=arms)
+    if arms:
+        engine.set_profile(latency_profile([(1, 1.0), (256, 9.0)]))
+    elastic = generate(engine, prompts, sampling)
     chunk_length = arms[0] if arms else 8
     chunks = generate(
         make_engine(model, decode_mode="chunk", chunk_length=chunk_length), prompts, sampling
@@ -300,7 +302,7 @@ def test_elastic_mode_replayed(kv_policy: str) -> None:
     seed = fresh_seed()
     rng = np.random.default_rng(seed)
     # Rows cost nothing: the whole block. Rows cost everything: the smallest chunk.
-    profiles = ([(1, 1.0), (512, 1.0)], [(1, 1.0), (512, 512.0)])
+    profiles = tuple(latency_profile([(1, 1.0), (512, ms)]) for ms in (1.0, 512.0))
     compared, chunk_lengths, refreshed = 0, set(), set()
     for number in range(12):
         shape = random_model_shape(rng)

@@ -18,8 +18,10 @@ SHORT = SamplingParams(max_tokens=20)
 MODES: list[dict[str, Any]] = [
     {"decode_mode": "ar"},
     {"decode_mode": "block"},
-    {"decode_mode": "chunk", "chunk_length": 3},
+    {"decode_mode": "chunk", "chunk_length": 3, "kv_policy": "refresh"},
+    {"decode_mode": "schedule", "chunk_schedule": {"1-2": 6, "3-": 2}, "kv_policy": "refresh"},
     {"decode_mode": "elastic"},
+    {"decode_mode": "elastic_per_request"},
 ]
 PROFILE = [(1, 1.0), (32, 1.1), (64, 2.0), (256, 8.0)]
 
@@ -199,7 +201,7 @@ def test_chat_is_generate_of_the_rendered_prompt(llm: LLM) -> None:
     assert single[0].prompt == rendered
 
 
-@pytest.mark.parametrize("mode", MODES[:3], ids=lambda m: m["decode_mode"])
+@pytest.mark.parametrize("mode", MODES[:4], ids=lambda m: m["decode_mode"])
 def test_streams_agree_with_generate(llm: LLM, mode: dict[str, Any]) -> None:
     llm = llm.with_options(**mode)
     for prompt in PROMPTS:
@@ -291,7 +293,8 @@ def test_interrupt_in_the_middle_leaves_the_llm_usable(llm: LLM) -> None:
 def test_with_options_shares_weights(llm: LLM) -> None:
     other = llm.with_options(decode_mode="chunk", chunk_length=2, max_num_seqs=2)
     assert other._model is llm._model and other.engine is not llm.engine
-    assert other.latency_profile == PROFILE
+    assert other.latency_profile is llm.latency_profile is not None
+    assert other.latency_profile.decode == PROFILE
     assert llm.options.decode_mode == "block"
     assert other.with_options(decode_mode="ar").options.chunk_length is None
     with pytest.raises(TypeError, match="chunk_size"):
@@ -299,11 +302,58 @@ def test_with_options_shares_weights(llm: LLM) -> None:
 
 
 def test_profile_is_measured_where_it_is_needed(llm: LLM) -> None:
-    fresh = llm.with_options(decode_mode="elastic", max_num_batched_rows=32)
-    assert fresh.latency_profile is not None
-    assert [rows for rows, _ in fresh.latency_profile][-1] == 32
-    assert all(ms > 0 for _, ms in fresh.latency_profile)
+    for mode in ("elastic", "elastic_per_request"):
+        profile = llm.with_options(decode_mode=mode, max_num_batched_rows=32).latency_profile
+        assert profile is not None
+        for curve in (profile.decode, profile.prefill):
+            assert [rows for rows, _ in curve][-1] == 32
+            assert all(ms > 0 for _, ms in curve)
+        assert [keys for keys, _ in profile.kv] == sorted(keys for keys, _ in profile.kv)
     assert llm.with_options(max_num_batched_rows=32).latency_profile is None
+
+
+def test_controller_options_reach_the_engine(llm: LLM) -> None:
+    ranges = {"1-2": 6, "3-8": 4, "9-": 2}
+    config = llm.with_options(decode_mode="schedule", chunk_schedule=ranges).engine.config
+    assert config.chunk_schedule == [(2, 6), (8, 4), (2**31 - 1, 2)]
+    assert config.quality_floor is None and config.target_tpot_ms == config.target_ttft_ms == 0
+    config = llm.with_options(
+        decode_mode="elastic", quality_floor=0.5, target_tpot_ms=7, target_ttft_ms=90.5,
+        step_log_size=3,
+    ).engine.config  # fmt: skip
+    assert (config.quality_floor, config.step_log_size) == (0.5, 3)
+    assert (config.target_tpot_ms, config.target_ttft_ms) == (7, 90.5)
+
+
+def test_a_schedule_follows_the_number_of_requests(llm: LLM) -> None:
+    llm = llm.with_options(
+        decode_mode="schedule", chunk_schedule={"1-2": 6, "3-": 2}, enable_prefix_cache=False
+    )
+    llm.generate(PROMPTS, [SamplingParams(max_tokens=n) for n in (20, 20, 10, 10)])
+    records = [r for r in llm.engine.step_records() if r.num_decoding]
+    assert {r.num_decoding > 2 for r in records} == {True, False}
+    for record in records:
+        assert record.chunk_length == (6 if record.num_decoding <= 2 else 2)
+        assert len(record.chunk_lengths) == record.num_decoding
+        assert max(record.chunk_lengths) <= record.chunk_length and record.reason == "schedule"
+
+
+def test_step_records_explain_the_choice(llm: LLM) -> None:
+    llm = llm.with_options(decode_mode="elastic", step_log_size=4)
+    llm.generate(PROMPTS, SHORT)
+    records = llm.engine.step_records()
+    assert len(records) == 4
+    assert [r.step for r in records] == list(range(records[0].step, records[0].step + 4))
+    for record in records:
+        assert record.rows >= record.logit_rows >= record.commits >= 0
+        assert record.logit_rows == sum(record.chunk_lengths)
+        assert record.predicted_ms > 0 and record.step_ms >= record.forward_ms > 0
+        verdicts = [(arm.chunk_length, arm.verdict) for arm in record.arms]
+        assert (record.chunk_length, "chosen") in verdicts
+        assert {c for c, _ in verdicts} == {2, 4, 8}
+    for bins in llm.engine.reliability().values():
+        for masks, predicted, committed in bins:
+            assert 0 <= predicted <= masks + 1e-6 and 0 <= committed <= masks
 
 
 def test_without_a_tokenizer_ids_go_in_and_out(tmp_path: Path) -> None:
