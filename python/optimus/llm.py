@@ -190,6 +190,13 @@ class LLM:
     def on_step(self, callback: Callable[[_C.StepRecord], None] | None) -> None:
         self._tracker.on_step = callback
 
+    def step_records(self) -> list[_C.StepRecord]:
+        """What the last `step_log_size` engine steps did and why, oldest first.
+
+        `optimus.step_log` dumps and explains them.
+        """
+        return self.engine.step_records()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt] | None = None,
