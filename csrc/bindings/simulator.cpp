@@ -5,28 +5,19 @@
 namespace optimus {
 
 void bind_simulator(py::module_& m) {
-  py::class_<CommitRecording>(m, "CommitRecording")
-      .def(py::init([](int chunk_length, std::vector<int32_t> levels,
-                       std::vector<int32_t> confidence_begin, std::vector<float> confidences) {
-             return CommitRecording{chunk_length, std::move(levels), std::move(confidence_begin),
-                                    std::move(confidences)};
-           }),
-           py::kw_only(), py::arg("chunk_length"), py::arg("levels"), py::arg("confidence_begin"),
-           py::arg("confidences"))
-      .def_readonly("chunk_length", &CommitRecording::chunk_length)
-      .def_readonly("levels", &CommitRecording::levels)
-      .def_readonly("confidence_begin", &CommitRecording::confidence_begin)
-      .def_readonly("confidences", &CommitRecording::confidences);
   py::class_<CommitTrace>(m, "CommitTrace")
-      .def(py::init([](int prompt_len, int num_tokens, std::vector<CommitRecording> recordings) {
-             CommitTrace trace{prompt_len, num_tokens, std::move(recordings)};
-             trace.validate();
-             return trace;
-           }),
-           py::kw_only(), py::arg("prompt_len"), py::arg("num_tokens"), py::arg("recordings"))
+      .def(py::init(
+               [](int prompt_len, std::vector<int32_t> row_begin, std::vector<float> confidences) {
+                 CommitTrace trace{prompt_len, std::move(row_begin), std::move(confidences)};
+                 trace.validate();
+                 return trace;
+               }),
+           py::kw_only(), py::arg("prompt_len"), py::arg("row_begin"), py::arg("confidences"))
       .def_readonly("prompt_len", &CommitTrace::prompt_len)
-      .def_readonly("num_tokens", &CommitTrace::num_tokens)
-      .def_readonly("recordings", &CommitTrace::recordings);
+      .def_readonly("row_begin", &CommitTrace::row_begin)
+      .def_readonly("confidences", &CommitTrace::confidences)
+      .def_property_readonly("num_tokens", &CommitTrace::num_tokens)
+      .def("confidence", &CommitTrace::confidence, py::arg("first_mask"), py::arg("idx"));
 
   py::class_<SimulatorConfig>(m, "SimulatorConfig")
       .def(py::init<>())

@@ -76,12 +76,13 @@ void Simulator::fill_confidences(const StepPlan& plan) {
     if (seq.prefill_len > 0) continue;
     const Request& request = *seq.request;
     const CommitTrace& trace = traces_[trace_of_.at(request.id)];
-    BlockConfidence confidence(trace, seq.chunk_length,
-                               request.params.max_tokens != trace.num_tokens);
+    int first_mask = -1;
     for (; row < num_logit_rows && rows.logit_slots[row] == request.slot; ++row) {
-      const int idx = request.block_start + rows.logit_offsets[row] - request.prompt_len();
+      const int position = request.block_start + rows.logit_offsets[row];
+      const int idx = std::max(position - request.prompt_len(), 0);
+      if (first_mask < 0) first_mask = idx;
       out.token_ids[row] = 1;
-      out.confidence[row] = confidence.next(std::max(idx, 0));
+      out.confidence[row] = trace.confidence(first_mask, idx);
       out.logprob[row] = std::log(std::max(out.confidence[row], 1e-9f));
       out.entropy[row] = -out.logprob[row];
     }
