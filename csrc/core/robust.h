@@ -36,7 +36,7 @@ class RecentMedian {
   int count_ = 0, next_ = 0;
 };
 
-// Exponential mean of medians of five.
+// Exponential mean of medians of five; before there are five, their median.
 class RobustMean {
  public:
   explicit RobustMean(double gain) : gain_(gain) {}
@@ -44,15 +44,15 @@ class RobustMean {
     if (!std::isfinite(value)) return;
     recent_.push(value);
     const double target = recent_.median();
-    mean_ = seen_ ? mean_ + gain_ * (target - mean_) : target;
-    seen_ = true;
+    mean_ = was_full_ ? mean_ + gain_ * (target - mean_) : target;
+    was_full_ = recent_.is_full();
   }
   double value() const { return mean_; }
 
  private:
   RecentMedian<double, 5> recent_;
   double gain_, mean_ = 0;
-  bool seen_ = false;
+  bool was_full_ = false;
 };
 
 }  // namespace optimus

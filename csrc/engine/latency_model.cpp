@@ -5,7 +5,7 @@
 // takes the device): the median residual of the last steps moves the whole curve, so that the
 // lengths the policy compares move together and not only the one it runs. And the shape may be off
 // where steps are really run: a small gain per point follows that. Single slow steps move neither:
-// medians ignore them and residuals are clipped.
+// medians ignore them, and for the shape they hardly count.
 #include "engine/latency_model.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace {
 constexpr double kScaleGain = 0.2;   // share of the median residual one step corrects
 constexpr double kJump = 0.10;       // a full window of residuals beyond this moves at once
 constexpr double kShapeGain = 0.05;  // share of a step's residual its points take
-constexpr double kShapeClip = 0.25;  // of that residual
+constexpr double kShapeClip = 0.25;  // of that residual; what is beyond counts less and less
 constexpr double kMaxLog = 4.0;      // of either correction: predictions stay positive and finite
 constexpr double kErrorGain = 0.05;
 constexpr double kErrorClip = 0.5;
@@ -101,7 +101,9 @@ void LatencyModel::set_profile(LatencyProfile profile) {
   profile_ = std::move(profile);
   log_shape_.assign(profile_.decode.size(), 0.0);
   log_scale_ = 0;
+  // The profile was measured just now: its word against that of a first slow step.
   residuals_.clear();
+  while (!residuals_.is_full()) residuals_.push(0.0);
 }
 
 int LatencyModel::padded_rows(int rows) const {
@@ -157,7 +159,10 @@ void LatencyModel::observe(const StepLoad& load, double forward_ms) {
   log_scale_ += moved;
   residuals_.shift(-moved);
 
-  const double own = kShapeGain * std::clamp(residual - median, -kShapeClip, kShapeClip);
+  // The further off, the less it says about the shape: an outlier, or the start of a change.
+  const double apart = residual - median;
+  const double trust = std::abs(apart) <= kShapeClip ? 1.0 : std::pow(kShapeClip / apart, 2);
+  const double own = kShapeGain * trust * apart;
   const Place place = locate(profile_.decode, load.rows);
   const auto correct = [&](int point, double weight) {
     log_shape_[point] = std::clamp(log_shape_[point] + own * weight, -kMaxLog, kMaxLog);
