@@ -16,6 +16,7 @@ from .bench import BenchRow
 from .evaluate import EvalResult, Score
 from .events import DenoiseEvent, Event, snapshot_pieces
 from .outputs import RequestOutput
+from .summary import Comparison
 from .tokenizer import Tokenizer
 
 FRAME_SECONDS = 0.04  # the demo model is faster than the eye
@@ -74,16 +75,36 @@ def eval_line(result: EvalResult) -> str:
 
 
 def bench_table(rows: Sequence[BenchRow]) -> Table:
-    """Fits 80 columns. "match" is exact match in percent, then its 95% interval."""
-    columns = ["load", "tok/s", "ms/step", "rows/step", "tok/fwd", "rows/tok", "match", "95%"]
-    table = _table(f"offline, {rows[0].num_prompts} prompts", ["mode"], columns)
+    """Fits 80 columns. "spread" is the range of the rounds in percent of the median one; "match" is
+    exact match in percent, then its 95% interval."""
+    columns = ["load", "tok/s", "spread", "tok/fwd", "rows/tok", "match", "95%"]
+    num_rounds = len(rows[0].rounds)
+    title = f"offline, {rows[0].num_prompts} prompts"
+    title += f", median of {num_rounds} rounds" if num_rounds > 1 else ""
+    table = _table(title, ["mode"], columns)
     for i, row in enumerate(rows):
+        spread = 100 * (row.highest - row.lowest) / row.tokens_per_second
         table.add_row(
             row.mode, str(row.concurrency), f"{row.tokens_per_second:.0f}",
-            f"{row.ms_per_step:.2f}", f"{row.rows_per_step:.0f}", f"{row.tokens_per_forward:.2f}",
-            f"{row.rows_per_token:.2f}", _percent(row.accuracy.accuracy), _interval(row.accuracy),
+            f"{spread:.1f}%" if num_rounds > 1 else "",
+            f"{row.tokens_per_forward:.2f}", f"{row.rows_per_token:.2f}",
+            _percent(row.accuracy.accuracy), _interval(row.accuracy),
             end_section=i + 1 < len(rows) and rows[i + 1].concurrency != row.concurrency,
         )  # fmt: skip
+    return table
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Regret of elastic arms in percent of the best fixed arm, and of the best good enough one."""
+    columns = ["load", "best fixed", "regret", "best good", "regret", "/block", "/ar"]
+    table = _table("elastic against fixed arms", ["mode"], columns)
+    for item in comparisons:
+        cells = []
+        for regret in (item.against_all, item.against_good):
+            cells += ["-", "-"] if regret is None else [regret.best, f"{100 * regret.regret:.1f}%"]
+        for ratio in (item.over_block, item.over_ar):
+            cells.append("-" if ratio is None else f"{ratio:.2f}x")
+        table.add_row(item.mode, str(item.concurrency), *cells)
     return table
 
 

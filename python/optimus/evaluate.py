@@ -92,7 +92,7 @@ def load_tasks(path: str | Path | None = None, num_prompts: int | None = None) -
     return tasks[:num_prompts]
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int, z: float = 1.959964) -> tuple[float, float]:
     """The Wilson score interval of a share; z standard deviations (default 95%)."""
     if total == 0:
         return 0.0, 1.0

@@ -11,19 +11,13 @@ BLOCK = 8
 
 
 def make_trace(num_blocks: int = 4, prompt_len: int = 16) -> _C.CommitTrace:
-    """An answer of whole blocks, each committed in four forwards of two tokens."""
-    levels: list[int] = []
+    """An answer of whole blocks in which the first two masks are always sure."""
     begin, confidences = [0], []
-    for block in range(num_blocks):
-        for offset in range(BLOCK):
-            level = offset // 2
-            levels.append(4 * block + level)
-            confidences += [0.5] * level + [0.95]
-            begin.append(len(confidences))
-    recording = _C.CommitRecording(
-        chunk_length=BLOCK, levels=levels, confidence_begin=begin, confidences=confidences
-    )
-    return _C.CommitTrace(prompt_len=prompt_len, num_tokens=len(levels), recordings=[recording])
+    for position in range(num_blocks * BLOCK):
+        row = [0.95, 0.95] + [0.5] * BLOCK
+        confidences += row[: BLOCK - position % BLOCK]
+        begin.append(len(confidences))
+    return _C.CommitTrace(prompt_len=prompt_len, row_begin=begin, confidences=confidences)
 
 
 def make_profile(base_ms: float = 4.0, ms_per_row: float = 0.02) -> _C.LatencyProfile:
