@@ -292,43 +292,26 @@ class PrefixCache:
     @property
     def num_cached(self) -> int: ...
 
-class CommitRecording:
-    """An answer decoded at one chunk length, as csrc/engine/commit_process.h describes it."""
-
-    def __init__(
-        self,
-        *,
-        chunk_length: int,
-        levels: Sequence[int],
-        confidence_begin: Sequence[int],
-        confidences: Sequence[float],
-    ) -> None: ...
-    @property
-    def chunk_length(self) -> int: ...
-    @property
-    def levels(self) -> list[int]:
-        """Per position: the forward that committed it."""
-
-    @property
-    def confidence_begin(self) -> list[int]:
-        """[positions + 1] where each position's confidences begin."""
-
-    @property
-    def confidences(self) -> list[float]:
-        """Of a position: oldest first, the last one committed it."""
-
 class CommitTrace:
-    """Recordings of one prompt's answer, by ascending chunk length. Raises ValueError."""
+    """A recorded answer, as csrc/engine/commit_process.h describes it. Raises ValueError."""
 
     def __init__(
-        self, *, prompt_len: int, num_tokens: int, recordings: Sequence[CommitRecording]
+        self, *, prompt_len: int, row_begin: Sequence[int], confidences: Sequence[float]
     ) -> None: ...
     @property
     def prompt_len(self) -> int: ...
     @property
-    def num_tokens(self) -> int: ...
+    def row_begin(self) -> list[int]:
+        """[num_tokens + 1] into confidences."""
+
     @property
-    def recordings(self) -> list[CommitRecording]: ...
+    def confidences(self) -> list[float]:
+        """Row j: of positions j, j + 1, ... to the end of j's block, all before j known."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    def confidence(self, first_mask: int, idx: int) -> float:
+        """In the mask at output position idx while its block's first mask is at first_mask."""
 
 class SimulatorConfig:
     engine: EngineConfig

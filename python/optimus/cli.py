@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .cli_bench import bench_app
+from .cli_calibrate import register as register_calibrate
 from .cli_options import (
     AsJson,
     BlockLength,
@@ -48,6 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+register_calibrate(app)
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)

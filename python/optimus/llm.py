@@ -10,20 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .calibration import Calibration, CalibrationSource
 from .config import DEMO_MODEL, Checkpoint, load_checkpoint
 from .events import Event, queue_block_events, queue_denoise_events
 from .native import _C
-from .options import DEFAULT_KV_POLICY, EngineOptions, resolve_device, resolve_dtype
+from .options import (
+    DEFAULT_KV_POLICY,
+    ELASTIC_MODES,
+    EngineOptions,
+    resolve_device,
+    resolve_dtype,
+)
 from .outputs import RequestOutput
+from .profiles import Profile, measured_profile, to_profile
 from .progress import progress_bar
+from .prompts import Prompt, as_list, check_prompt
 from .sampling_params import SamplingParams
 from .tokenizer import Message, Tokenizer
 from .tracker import LiveRequest, RequestTracker
 from .weights import load_weights
 
-Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
-Profile = _C.LatencyProfile | Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,9 @@ class LLM:
         requests to a chunk length.
     quality_floor: elastic modes never use a way of decoding that a calibration measured below it:
         "block" (not measurably below block decoding), an accuracy in [0, 1], or None. Without a
-        calibration of the model nothing is excluded.
+        calibration of the model nothing is excluded (logged once).
+    calibration: a file of `optimus calibrate`; "auto" looks for calibration.json in the model's
+        directory, then in the cache directory; None uses none.
     target_tpot_ms, target_ttft_ms: time per output token of a request, and from arrival to its
         first token, that the controller tries to keep; best effort.
     step_log_size: steps that `step_records` remembers.
@@ -70,8 +79,9 @@ class LLM:
     block_length, mask_token_id: override the checkpoint's files, which may lack them.
     num_threads: None = all cores.
     seed: of requests without a seed of their own.
-    latency_profile: a LatencyProfile, or [(rows, milliseconds), ...], to use instead of measuring
-        at construction (measured for the elastic modes, and for the policy "auto").
+    latency_profile: a LatencyProfile, or [(rows, milliseconds), ...]. Default: the one kept on disk
+        for this device, model and shape of engine, or measured at construction, for the elastic
+        modes and for the policy "auto".
 
     Raises ValueError for anything that does not fit, with the values in its text.
     """
@@ -103,14 +113,15 @@ class LLM:
         step_log_size: int = 4096,
         seed: int = 0,
         latency_profile: Profile | None = None,
+        calibration: str | Path | None = "auto",
     ) -> None:
         options = EngineOptions(
             decode_mode=decode_mode, chunk_length=chunk_length, chunk_arms=tuple(chunk_arms),
             chunk_schedule=chunk_schedule, quality_floor=quality_floor,
             target_tpot_ms=target_tpot_ms, target_ttft_ms=target_ttft_ms,
-            step_log_size=step_log_size, recompute_block=recompute_block, kv_policy=kv_policy, max_num_seqs=max_num_seqs,
-            max_num_batched_rows=max_num_batched_rows, kv_cache_memory=kv_cache_memory,
-            max_model_len=max_model_len, page_size=page_size,
+            step_log_size=step_log_size, recompute_block=recompute_block, kv_policy=kv_policy,
+            max_num_seqs=max_num_seqs, max_num_batched_rows=max_num_batched_rows,
+            kv_cache_memory=kv_cache_memory, max_model_len=max_model_len, page_size=page_size,
             enable_prefix_cache=enable_prefix_cache, num_threads=num_threads, seed=seed,
         )  # fmt: skip
         self.device = resolve_device(device)
@@ -121,6 +132,7 @@ class LLM:
             mask_token_id=mask_token_id,
         )
         native = options.to_native(self.checkpoint, self.dtype)  # fails before weights are read
+        self._calibration = CalibrationSource(self.checkpoint, calibration)
         self.tokenizer = Tokenizer.load(self.checkpoint.path)
         self._model = _C.Model(self.checkpoint.model_config(self.dtype))
         load_weights(self._model, self.checkpoint.path)
@@ -158,6 +170,8 @@ class LLM:
         profile: _C.LatencyProfile | None,
     ) -> None:
         self.options = options
+        if options.decode_mode in ELASTIC_MODES:
+            native.measured_arms = self._calibration.measured_arms(options.quality_floor)
         self.engine = _C.Engine(self._model, native)
         self._tracker = RequestTracker(self.engine, self.tokenizer)
         self._num_requests = 0
@@ -165,7 +179,14 @@ class LLM:
         if profile is not None:
             self.engine.set_profile(profile)
         elif options.uses_latency_profile():
-            self.latency_profile = self.engine.profile()
+            self.latency_profile = measured_profile(
+                self.engine, self.checkpoint, device=self.device, dtype=self.dtype
+            )
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What is known of the accuracy of this model's ways of decoding."""
+        return self._calibration.find()
 
     @property
     def memory(self) -> dict[str, int]:
@@ -215,7 +236,7 @@ class LLM:
         tokenizer, or parameters that do not fit.
         """
         return self._run(
-            self._requests(_as_list(prompts, prompt_token_ids), sampling_params), use_tqdm
+            self._requests(as_list(prompts, prompt_token_ids), sampling_params), use_tqdm
         )
 
     def chat(
@@ -339,7 +360,7 @@ class LLM:
             ids = tokenizer.encode(prompt, add_special_tokens=not is_chat)
         else:
             ids = [operator.index(i) for i in prompt]
-        self._check_prompt(index, ids)
+        check_prompt(index, ids, self.checkpoint.vocab_size, self.max_model_len)
         if params.stop:
             self._require_tokenizer("a stop string")
         block = self.checkpoint.block_length
@@ -359,21 +380,6 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         return _Request(text, ids, params, params.to_native(self.checkpoint.generation, seed))
 
-    def _check_prompt(self, index: int, ids: list[int]) -> None:
-        if not ids:
-            raise ValueError(f"[llm] prompt {index} is empty")
-        if len(ids) >= self.max_model_len:
-            raise ValueError(
-                f"[llm] prompt {index} has {len(ids)} tokens, which leaves no room for output in "
-                f"max_model_len {self.max_model_len}"
-            )
-        vocab_size = self.checkpoint.vocab_size
-        bad = next((i for i in ids if not 0 <= i < vocab_size), None)
-        if bad is not None:
-            raise ValueError(
-                f"[llm] prompt {index} holds token id {bad}, the vocabulary is [0, {vocab_size})"
-            )
-
     def _require_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError(
@@ -381,28 +387,3 @@ class LLM:
                 "tokenizer.json: pass token ids"
             )
         return self.tokenizer
-
-
-def to_profile(profile: Profile | None) -> _C.LatencyProfile | None:
-    """A LatencyProfile of a table of decode steps. Raises ValueError for one that does not fit."""
-    if profile is None or isinstance(profile, _C.LatencyProfile):
-        return profile
-    native = _C.LatencyProfile()
-    native.decode = [(rows, float(ms)) for rows, ms in profile]
-    native.validate()
-    return native
-
-
-def _as_list(
-    prompts: Prompt | Sequence[Prompt] | None,
-    prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None,
-) -> list[Prompt]:
-    if (prompts is None) == (prompt_token_ids is None):
-        raise ValueError("[llm] pass either prompts or prompt_token_ids")
-    given: Any = prompts if prompts is not None else prompt_token_ids
-    if isinstance(given, str):
-        return [given]
-    items = list(given)
-    if items and all(hasattr(item, "__index__") for item in items):
-        return [items]  # the ids of one prompt
-    return items

@@ -1,0 +1,40 @@
+"""Prompts as callers pass them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Prompt = str | Sequence[int]
+
+
+def as_list(
+    prompts: Prompt | Sequence[Prompt] | None,
+    prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+) -> list[Prompt]:
+    """A list of prompts, whether one or many were given, in one argument or the other."""
+    if (prompts is None) == (prompt_token_ids is None):
+        raise ValueError("[llm] pass either prompts or prompt_token_ids")
+    given: Any = prompts if prompts is not None else prompt_token_ids
+    if isinstance(given, str):
+        return [given]
+    items = list(given)
+    if items and all(hasattr(item, "__index__") for item in items):
+        return [items]  # the ids of one prompt
+    return items
+
+
+def check_prompt(index: int, ids: Sequence[int], vocab_size: int, max_model_len: int) -> None:
+    """Raises ValueError for a prompt that is empty, too long, or not of this vocabulary."""
+    if not ids:
+        raise ValueError(f"[llm] prompt {index} is empty")
+    if len(ids) >= max_model_len:
+        raise ValueError(
+            f"[llm] prompt {index} has {len(ids)} tokens, which leaves no room for output in "
+            f"max_model_len {max_model_len}"
+        )
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise ValueError(
+            f"[llm] prompt {index} holds token id {bad}, the vocabulary is [0, {vocab_size})"
+        )
