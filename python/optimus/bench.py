@@ -261,10 +261,3 @@ def _row(llm: LLM, runs: Sequence[BenchRun], block: Sequence[BenchRun] | None) -
         reliability=llm.engine.reliability() if run.arm.is_elastic else None,
         correct=["".join("01"[c] for c in r.correct) for r in runs],
     )
-
-
-def profile_to_dict(profile: _C.LatencyProfile | None) -> dict[str, Any] | None:
-    """[(rows, ms)] of decode and prefill steps, [(KV tokens, further ms)]."""
-    if profile is None:
-        return None
-    return {name: getattr(profile, name) for name in ("decode", "prefill", "kv", "is_padded")}

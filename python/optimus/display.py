@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -13,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .bench import BenchRow
+from .bench_serving import ServingRow
 from .evaluate import EvalResult, Score
 from .events import DenoiseEvent, Event, snapshot_pieces
 from .outputs import RequestOutput
+from .slo import Capacity
 from .summary import Comparison
 from .tokenizer import Tokenizer
 
@@ -105,6 +107,34 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         for ratio in (item.over_block, item.over_ar):
             cells.append("-" if ratio is None else f"{ratio:.2f}x")
         table.add_row(item.mode, str(item.concurrency), *cells)
+    return table
+
+
+def serving_table(rows: Sequence[ServingRow], has_slo: bool) -> Table:
+    """Fits 80 columns. Milliseconds to the first token and per further one, 50th and 99th
+    percentile; share of requests that met the SLO."""
+    columns = ["rate", "tok/s", "TTFT", "p99", "TPOT", "p99", "done", "SLO", "match"]
+    table = _table("serving, requests per second; ms at p50 and p99", ["mode"], columns)
+    for i, row in enumerate(rows):
+        found, times = row.summary, []
+        for pair in (found.ttft_ms, found.tpot_ms):
+            times += ["-" if t is None else f"{t:.4g}" for t in (pair.p50, pair.p99)]
+        table.add_row(
+            row.mode, f"{row.rate:.4g}", f"{found.tokens_per_second:.0f}", *times,
+            f"{100 * found.num_finished / found.num_requests:.0f}%",
+            f"{_percent(found.attainment)}%" if has_slo else "-",
+            "-" if row.accuracy is None else _percent(row.accuracy.accuracy),
+            end_section=i + 1 < len(rows) and rows[i + 1].rate != row.rate,
+        )  # fmt: skip
+    return table
+
+
+def capacity_table(capacities: Mapping[str, Capacity]) -> Table:
+    """Requests per second at which enough requests meet the SLO, and where they do not any more."""
+    table = _table("capacity, requests per second", ["mode"], ["meets SLO", "does not", "runs"])
+    for name, found in capacities.items():
+        limit = "-" if found.limit is None else f"{found.limit:.3g}"
+        table.add_row(name, f"{found.rate:.3g}", limit, str(len(found.probes)))
     return table
 
 

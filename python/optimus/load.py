@@ -158,14 +158,22 @@ def task_arrivals(times: Sequence[float], num_items: int, seed: int) -> Iterator
 
 
 def random_arrivals(
-    times: Sequence[float], prompt_len: Lengths, output_len: Lengths, vocab_size: int, seed: int
+    times: Sequence[float],
+    prompt_len: Lengths,
+    output_len: Lengths,
+    vocab_size: int | None,
+    seed: int,
 ) -> list[Arrival]:
-    """Random token ids of drawn lengths; no two prompts share a prefix worth caching."""
+    """Random token ids of drawn lengths; no two prompts share a prefix worth caching.
+
+    vocab_size: None = lengths only.
+    """
     source = random.Random(seed)
     arrivals = []
     for i, time_s in enumerate(times):
-        ids = [source.randrange(vocab_size) for _ in range(prompt_len.draw(source))]
-        arrivals.append(Arrival(time_s, ids, len(ids), output_len.draw(source), i))
+        length, num_tokens = prompt_len.draw(source), output_len.draw(source)
+        ids = None if vocab_size is None else [source.randrange(vocab_size) for _ in range(length)]
+        arrivals.append(Arrival(time_s, ids, length, num_tokens, i))
     return arrivals
 
 

@@ -162,7 +162,7 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
         main([str(a) for a in arguments])
     assert not done.value.code
     out = capsys.readouterr().out
-    assert "elastic at 2: the last round had" in out
+    assert "elastic at 2: the last run had" in out
     assert all(len(line) <= 80 for line in out.splitlines())
     written = json.loads(report.read_text())
     assert written["kind"] == "offline" and len(written["rows"]) == 3
