@@ -17,7 +17,8 @@
 namespace optimus {
 namespace {
 
-constexpr int kLevels = 64;  // of gain in [0, 1]
+constexpr int kLevels = 64;      // of gain in [0, 1]
+constexpr double kTrust = 16.0;  // commits the estimate of the price of time is worth
 
 int level_of(float gain) { return std::clamp(static_cast<int>(gain * kLevels), 0, kLevels - 1); }
 
@@ -25,7 +26,8 @@ int level_of(float gain) { return std::clamp(static_cast<int>(gain * kLevels), 0
 
 // Appends the segments of masks [first, last) of a request, in order of falling mean gain. Returns
 // nothing; segments of one request are contiguous in segments_.
-void ChunkPolicy::open_segments(const RequestLoad& load, const Group& group, int first, int last) {
+void ChunkPolicy::open_segments(const RequestLoad& load, const Group& group, int first, int last,
+                                double expected) {
   static const MaskHistory kNothing;
   const MaskHistory& history = load.history != nullptr ? *load.history : kNothing;
   const size_t begin = segments_.size();
@@ -38,12 +40,19 @@ void ChunkPolicy::open_segments(const RequestLoad& load, const Group& group, int
     }
     segments_.push_back({gain, rows});
   };
+  // One mask commits in any case, the most confident: gains count from one commit on.
+  double sum = expected;
+  const auto add = [&](float probability, int rows) {
+    const double before = std::max(1.0, sum);
+    sum += double(probability) * rows;
+    append(static_cast<float>((std::max(1.0, sum) - before) / rows), rows);
+  };
   int rank = first;
   const int num_seen = std::min(last, static_cast<int>(history.confidence.size()));
-  for (; rank < num_seen; ++rank) append(CommitModel::lookup(group.table, rank, history), 1);
+  for (; rank < num_seen; ++rank) add(CommitModel::lookup(group.table, rank, history), 1);
   while (rank < last) {
     const int end = std::min(last, CommitModel::rank_bin_end(rank));
-    append(CommitModel::lookup(group.table, rank, history), end - rank);
+    add(CommitModel::lookup(group.table, rank, history), end - rank);
     rank = end;
   }
 }
@@ -52,7 +61,12 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
                            const LatencyModel& latency, const CommitModel& commits,
                            ChunkDecision& decision) {
   const bool refresh = arms_[arm].refresh;
-  const double lambda = arms_[arm].rate();
+  const int arm_index = arm / 2;
+  // The estimate is of one chunk length for all; what allocation makes of it is known by now.
+  constexpr double kMaxCorrection = 2.0;
+  const double correction =
+      std::clamp((kTrust + realised_) / (kTrust + expected_), 1 / kMaxCorrection, kMaxCorrection);
+  const double lambda = price_ * correction;
   for (size_t context = 0; context < groups_.size(); ++context) {
     Group& group = groups_[context];
     if (group.num_requests == 0) continue;
@@ -82,8 +96,9 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
       ++num_requests;
       base_rows += first;
       base_commits += std::max(1.0, expected);
-      if (group.refresh) refresh_rows += refresh_share(group, group.longest);
-      open_segments(load, group, first, last);
+      if (group.refresh)
+        refresh_rows += refresh_share(group.yields[2 * arm_index + refresh].commits);
+      open_segments(load, group, first, last, expected);
       for (size_t s = begin; s < segments_.size(); ++s) {
         const int level = level_of(segments_[s].gain);
         rows[level] += segments_[s].rows;

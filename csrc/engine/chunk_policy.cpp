@@ -17,6 +17,10 @@ namespace optimus {
 namespace {
 
 constexpr double kFreeRefresh = 1.02;  // relative step time that still counts as free
+// An arm that was hardly tried gets the benefit of the doubt, until it was: what is not run is not
+// learned.
+constexpr double kOptimism = 0.08;
+constexpr double kTrialSteps = 64;  // steps of single requests that halve it
 
 }  // namespace
 
@@ -56,6 +60,7 @@ void ChunkPolicy::check() const {
 ChunkDecision ChunkPolicy::choose(const std::vector<RequestLoad>& loads, const StepLoad& other,
                                   const LatencyModel& latency, const CommitModel& commits) {
   arms_.clear();
+  expected_rate_ = 0;
   const bool refresh = config_.kv_policy == KvPolicy::refresh;
   if (config_.kind == ChunkPolicyKind::fixed) {
     choose_fixed(config_.chunk_lengths[0], loads);
@@ -79,27 +84,32 @@ ChunkDecision ChunkPolicy::choose(const std::vector<RequestLoad>& loads, const S
   ChunkDecision decision;
   int best = best_arm(decision.meets_target);
   decision.reason = decision.meets_target ? "best" : "target_tpot_ms cannot be met: fastest";
-  // A gain within the noise of the models is not worth changing the batch's shape for.
-  if (current_ >= 0 && current_ != best && decision.meets_target) {
-    const ArmEstimate& now = arms_[current_];
-    const bool feasible = config_.target_tpot_ms <= 0 || now.tpot_ms <= config_.target_tpot_ms;
-    if (feasible && arms_[best].rate() <= now.rate() * (1 + config_.min_gain)) {
-      best = current_;
-      decision.reason = "kept: gain below min_gain";
-    }
-  }
+  best = keep_if_close(best, decision);
   current_ = best;
   for (ArmEstimate& arm : arms_) arm.verdict = &arm == &arms_[best] ? "chosen" : "slower";
   decision.refresh = arms_[best].refresh;
   decision.expected_commits = arms_[best].commits;
   decision.predicted_ms = arms_[best].ms;
+  expected_rate_ = arms_[best].rate();
   if (config_.kind == ChunkPolicyKind::elastic_per_request) {
     allocate(best, loads, other, latency, commits, decision);
   } else {
     assign(best, loads);
   }
+  if (loads.empty()) decision.chunk_length = arms_[best].chunk_length;
   for (int length : lengths_) decision.chunk_length = std::max(decision.chunk_length, length);
   return decision;
+}
+
+// A gain within the noise of the models is not worth changing the batch's shape for.
+int ChunkPolicy::keep_if_close(int best, ChunkDecision& decision) const {
+  if (current_ < 0 || current_ == best || !decision.meets_target) return best;
+  const ArmEstimate& now = arms_[current_];
+  if (!meets_target(now) || arms_[best].score - now.score > config_.min_gain * now.commits) {
+    return best;
+  }
+  decision.reason = "kept: gain below min_gain";
+  return current_;
 }
 
 void ChunkPolicy::choose_fixed(int chunk_length, const std::vector<RequestLoad>& loads) {
@@ -136,13 +146,10 @@ ChunkPolicy::Choice ChunkPolicy::admitted(float threshold, int arm, bool refresh
   return best;
 }
 
-// Requests by what decides their estimates: commit context and masks left.
+// Requests by what decides their estimates, the commit context.
 void ChunkPolicy::group(const std::vector<RequestLoad>& loads, const CommitModel& commits) {
   groups_.resize(commits.num_contexts());
-  for (Group& group : groups_) {
-    group.num_requests = 0;
-    group.with_masks.assign(config_.block_length + 1, 0);
-  }
+  for (Group& group : groups_) group.num_requests = 0;
   without_masks_rows_ = 0;
   kv_tokens_ = 0;
   for (const RequestLoad& load : loads) {
@@ -158,13 +165,16 @@ void ChunkPolicy::group(const std::vector<RequestLoad>& loads, const CommitModel
           group.choices.push_back(admitted(load.threshold, static_cast<int>(arm), refresh));
         }
       }
+      group.yields.resize(group.choices.size());
     }
     group.num_requests += 1;
-    group.with_masks[std::min(load.num_masked, config_.block_length)] += 1;
   }
   for (size_t context = 0; context < groups_.size(); ++context) {
-    if (groups_[context].num_requests == 0) continue;
-    commits.expected_commits(static_cast<int>(context), groups_[context].commits_of);
+    Group& group = groups_[context];
+    if (group.num_requests == 0) continue;
+    for (size_t i = 0; i < group.choices.size(); ++i) {
+      group.yields[i] = commits.yield(static_cast<int>(context), group.choices[i].chunk_length);
+    }
   }
 }
 
@@ -174,66 +184,87 @@ ArmEstimate ChunkPolicy::estimate(int arm, bool refresh, const StepLoad& other,
   result.chunk_length = config_.chunk_lengths[arm];
   result.refresh = refresh;
   int num_requests = 0;
-  double rows = other.rows + without_masks_rows_;
+  double rows = other.rows + without_masks_rows_, optimism = 0;
   for (const Group& group : groups_) {
     if (group.num_requests == 0) continue;
     num_requests += group.num_requests;
-    const Choice choice = group.choices[2 * arm + refresh];
-    double commits = 0;
-    for (int masks = 1; masks <= config_.block_length; ++masks) {
-      if (group.with_masks[masks] == 0) continue;
-      const int evaluated = std::min(choice.chunk_length, masks);
-      commits += group.with_masks[masks] * group.commits_of[evaluated];
-      rows += double(group.with_masks[masks]) * evaluated;
-    }
-    result.commits += commits;
-    rows += commits * (1 + (choice.refresh ? refresh_share(group, choice.chunk_length) : 0.0));
+    const CommitModel::Yield yield = group.yields[2 * arm + refresh];
+    const double extra =
+        group.choices[2 * arm + refresh].refresh ? refresh_share(yield.commits) : 0.0;
+    result.commits += group.num_requests * yield.commits;
+    optimism += group.num_requests * kOptimism * kTrialSteps / (kTrialSteps + yield.steps);
+    rows += group.num_requests * (yield.masks + yield.commits * (1 + extra));
   }
   result.rows = rows;
+  result.optimism = optimism / std::max(num_requests, 1);
   const int whole_rows = static_cast<int>(std::lround(std::min(rows, 1e9)));
   result.ms = latency.predict({whole_rows, other.prefill_rows, other.kv_tokens + kv_tokens_});
+  result.alone_ms =
+      other.rows > 0 ? latency.predict({whole_rows - other.rows, 0, kv_tokens_}) : result.ms;
   result.tpot_ms = result.ms * num_requests / std::max(result.commits, 1e-9);
   return result;
 }
 
 // Rows a refresh adds per committed token: all positions of the block but those fresh anyway.
-double ChunkPolicy::refresh_share(const Group& group, int chunk_length) const {
-  return std::max(0.0, 1.0 - group.commits_of[chunk_length] / config_.block_length);
+double ChunkPolicy::refresh_share(double commits) const {
+  return std::max(0.0, 1.0 - commits / config_.block_length);
 }
 
+void ChunkPolicy::observe(int commits, double ms) {
+  constexpr double kDecay = 0.98;
+  if (expected_rate_ <= 0 || !std::isfinite(ms) || ms <= 0) return;
+  realised_ = realised_ * kDecay + commits;
+  expected_ = expected_ * kDecay + expected_rate_ * ms;
+}
+
+// The price of time is what the best arm makes of it in steps of its own. Prompts in the step are
+// work that is there anyway: only the time that decode rows add to it counts. (Commits per time of
+// the whole step would favour long chunks as if they paid for the prompts.)
 void ChunkPolicy::estimate_arms(const StepLoad& other, const LatencyModel& latency) {
+  double promised_price = 0;
+  price_ = 0;
   for (size_t arm = 0; arm < config_.chunk_lengths.size(); ++arm) {
     for (bool refresh : {false, true}) {
       arms_.push_back(estimate(static_cast<int>(arm), refresh, other, latency));
+      if (!is_open(arms_.back())) continue;
+      const double rate = arms_.back().commits / arms_.back().alone_ms;
+      price_ = std::max(price_, rate);
+      promised_price = std::max(promised_price, rate * (1 + arms_.back().optimism));
     }
+  }
+  const double other_ms = other.rows > 0 ? latency.predict(other) : 0.0;
+  for (ArmEstimate& arm : arms_) {
+    arm.score = arm.commits * (1 + arm.optimism) - promised_price * (arm.ms - other_ms);
   }
 }
 
+bool ChunkPolicy::is_open(const ArmEstimate& arm) const {
+  return config_.kv_policy == KvPolicy::auto_ ||
+         arm.refresh == (config_.kv_policy == KvPolicy::refresh);
+}
+
+bool ChunkPolicy::meets_target(const ArmEstimate& arm) const {
+  return config_.target_tpot_ms <= 0 || arm.tpot_ms <= config_.target_tpot_ms;
+}
+
 // Index into arms_. Under `auto`, refreshing wins where it is free: its KV is the better one.
-int ChunkPolicy::best_arm(bool& meets_target) const {
-  const double target = config_.target_tpot_ms;
-  const auto is_open = [&](int i) {
-    return config_.kv_policy == KvPolicy::auto_ ||
-           arms_[i].refresh == (config_.kv_policy == KvPolicy::refresh);
-  };
-  int best = -1, fastest = -1;
+int ChunkPolicy::best_arm(bool& meets) const {
+  int best = -1, fastest = -1, refreshed = -1;
   const int count = static_cast<int>(arms_.size());
   for (int i = 0; i < count; ++i) {
-    if (!is_open(i)) continue;
+    if (!is_open(arms_[i])) continue;
     if (fastest < 0 || arms_[i].tpot_ms < arms_[fastest].tpot_ms) fastest = i;
-    if (target > 0 && arms_[i].tpot_ms > target) continue;
-    if (best < 0 || arms_[i].rate() > arms_[best].rate()) best = i;
+    if (!meets_target(arms_[i])) continue;
+    if (best < 0 || arms_[i].score > arms_[best].score) best = i;
+    if (arms_[i].refresh && (refreshed < 0 || arms_[i].score > arms_[refreshed].score)) {
+      refreshed = i;
+    }
   }
-  meets_target = best >= 0;
+  meets = best >= 0;
   if (best < 0) return fastest;
-  const double enough = arms_[best].rate() / kFreeRefresh;
-  int refreshed = -1;
-  for (int i = 0; i < count; ++i) {
-    if (!is_open(i) || !arms_[i].refresh || (target > 0 && arms_[i].tpot_ms > target)) continue;
-    if (arms_[i].rate() < enough) continue;
-    if (refreshed < 0 || arms_[i].rate() > arms_[refreshed].rate()) refreshed = i;
-  }
-  return refreshed >= 0 ? refreshed : best;
+  if (refreshed < 0) return best;
+  const double lost = arms_[best].score - arms_[refreshed].score;
+  return lost <= (kFreeRefresh - 1) * arms_[best].commits ? refreshed : best;
 }
 
 void ChunkPolicy::assign(int arm, const std::vector<RequestLoad>& loads) {

@@ -43,13 +43,17 @@ struct RequestLoad {
   const MaskHistory* history = nullptr;  // elastic_per_request; null = nothing known
 };
 
-// One chunk length as the policy judged it, in its steady state.
+// One chunk length as the policy judged it, in its steady state, for the whole batch.
 struct ArmEstimate {
   int chunk_length = 0;
   bool refresh = false;
-  double commits = 0, rows = 0, ms = 0;  // per step, whole batch
-  double tpot_ms = 0;
-  const char* verdict = "";  // static text
+  double commits = 0, rows = 0;  // of a step
+  double ms = 0;                 // of a step, prompts included
+  double tpot_ms = 0;            // per request and token
+  double alone_ms = 0;           // of a step without prompts
+  double optimism = 0;           // share of the commits granted because little is known of it
+  double score = 0;              // commits - price of time * time added to the prompts' step
+  const char* verdict = "";      // static text
   double rate() const { return commits / ms; }
 };
 
@@ -70,6 +74,9 @@ class ChunkPolicy {
   ChunkDecision choose(const std::vector<RequestLoad>& loads, const StepLoad& other,
                        const LatencyModel& latency, const CommitModel& commits);
 
+  // What came of the last decision: commits of the whole step, and its time.
+  void observe(int commits, double ms);
+
   // Of the last choose(): masks each request evaluates, and whether a block decoded so must be
   // refreshed when it is done (measured quality asks for it).
   const std::vector<int>& chunk_lengths() const { return lengths_; }
@@ -85,11 +92,10 @@ class ChunkPolicy {
   };
   struct Group {  // requests of one commit context
     int num_requests = 0;
-    std::vector<int> with_masks;     // [block_length + 1] requests by masks left
-    std::vector<double> commits_of;  // [block_length + 1]
-    std::vector<Choice> choices;     // [2 * arms]: freeze, refresh of each
-    std::vector<float> table;        // CommitModel::history_table
-    int shortest = 0, longest = 0;   // lengths to allocate between
+    std::vector<Choice> choices;             // [2 * arms]: freeze, refresh of each
+    std::vector<CommitModel::Yield> yields;  // [2 * arms]
+    std::vector<float> table;                // CommitModel::history_table
+    int shortest = 0, longest = 0;           // lengths to allocate between
     bool refresh = false;
   };
   struct Segment {
@@ -101,19 +107,29 @@ class ChunkPolicy {
   void choose_fixed(int chunk_length, const std::vector<RequestLoad>& loads);
   Choice admitted(float threshold, int arm, bool refresh) const;
   void group(const std::vector<RequestLoad>& loads, const CommitModel& commits);
-  double refresh_share(const Group& group, int chunk_length) const;
+  double refresh_share(double commits) const;
   ArmEstimate estimate(int arm, bool refresh, const StepLoad& other,
                        const LatencyModel& latency) const;
   void estimate_arms(const StepLoad& other, const LatencyModel& latency);
-  int best_arm(bool& meets_target) const;
+  bool is_open(const ArmEstimate& arm) const;
+  bool meets_target(const ArmEstimate& arm) const;
+  int best_arm(bool& meets) const;
+  int keep_if_close(int best, ChunkDecision& decision) const;
   void assign(int arm, const std::vector<RequestLoad>& loads);
   void allocate(int arm, const std::vector<RequestLoad>& loads, const StepLoad& other,
                 const LatencyModel& latency, const CommitModel& commits, ChunkDecision& decision);
   void set_range(Group& group, bool refresh) const;
-  void open_segments(const RequestLoad& load, const Group& group, int first, int last);
+  // `expected`: commits of the masks before `first`.
+  void open_segments(const RequestLoad& load, const Group& group, int first, int last,
+                     double expected);
 
   ChunkPolicyConfig config_;
   int current_ = -1;  // index into arms_, -1 = none
+  // elastic_per_request: decayed sums of commits, and of what the best single chunk length was
+  // expected to yield in the same time; their quotient corrects the price of time.
+  double realised_ = 0, expected_ = 0;
+  double expected_rate_ = 0;  // of the last decision's best arm, commits per ms; 0 = no decision
+  double price_ = 0;  // commits a ms is worth: what the best arm makes of it without prompts
   // Working memory of a decision.
   std::vector<int> lengths_;
   std::vector<uint8_t> needs_refresh_;

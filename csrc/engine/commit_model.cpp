@@ -1,11 +1,10 @@
-// Decayed Beta counts.
+// Decayed sums.
 //
-// Old observations fade with the number of newer ones at the same place, so the model follows a
-// change of workload, and a rank that small chunks no longer evaluate keeps what was last known of
-// it. Ranks that chunks have not reached yet follow the others: the prior is scaled by how often the
-// observed ranks commit compared with it. Otherwise a controller that starts with small chunks on a
-// model more confident than the prior would never try a large one. A history cell backs off to its
-// rank the same way.
+// Old observations fade with the number of newer ones, so the model follows a change of workload; what
+// is known of a chunk length that is not in use fades with time. What is left then is the prior,
+// scaled by how much more the model commits than the prior says wherever it was observed: otherwise a
+// controller that starts with small chunks on a model more confident than the prior would never try a
+// large one.
 #include "engine/commit_model.h"
 
 #include <algorithm>
@@ -16,30 +15,37 @@
 namespace optimus {
 namespace {
 
-constexpr double kHalfLife = 512;          // observations of a rank
-constexpr double kHistoryHalfLife = 1024;  // observations of a history cell
-constexpr double kPriorWeight = 16;        // observations
-constexpr double kMaxScale = 4;            // of the prior, either way
+constexpr double kYieldHalfLife = 2048;  // steps of requests with one chunk length
+constexpr double kIdleHalfLife = 4000;   // steps without one
+constexpr double kYieldWeight = 8;       // steps the prior is worth
+constexpr double kMaxScale = 4;          // of the prior, either way
+constexpr double kHalfLife = 1024;       // observations of a rank or a history cell
+constexpr double kPriorWeight = 16;      // observations
 constexpr int kMaxContexts = 16;
 constexpr float kSameThreshold = 0.0025f;
 constexpr int kFirstRank[] = {0, 1, 2, 3, 4, 6, 9, 14, 20};  // of each rank bin
 constexpr int kTypicalRank[] = {0, 1, 2, 3, 4, 7, 11, 16, 24};
 
-// Measured on the demo model in block mode (bench/commit_profile.py: B = 32, threshold 0.99, 300
-// prompts) and made non-increasing: P(commit | offset) at offsets 0, 1, 2, 3, 4, 5, 6, 8, 12, 16.
-constexpr struct {
-  double offset, probability;
-} kPrior[] = {{0, 1.0},  {1, 0.95}, {2, 0.79}, {3, 0.61},   {4, 0.56},
-              {5, 0.29}, {6, 0.26}, {8, 0.18}, {12, 0.155}, {16, 0.15}};
+// Measured on the demo model (B = 32, threshold 0.99), at chunk lengths 1, 2, 4, 8, 16 and 32.
+constexpr CommitModel::Yield kPriorYield[] = {{1.0, 1.0},   {1.98, 1.99}, {3.48, 3.87},
+                                              {4.71, 7.08}, {5.51, 12.0}, {5.98, 15.96}};
+constexpr double kPriorChunk[] = {1, 2, 4, 8, 16, 32};
 
-double prior_probability(double offset) {
-  const auto* right = std::begin(kPrior);
-  while (right != std::end(kPrior) && right->offset < offset) ++right;
-  if (right == std::end(kPrior)) return std::prev(right)->probability;
-  if (right->offset == offset || right == std::begin(kPrior)) return right->probability;
-  const auto* left = std::prev(right);
-  const double fraction = (offset - left->offset) / (right->offset - left->offset);
-  return left->probability + fraction * (right->probability - left->probability);
+// P(commit | rank) in block mode, of the same prompts; constant behind the last.
+constexpr double kPriorProbability[] = {1.0,  0.98, 0.81, 0.58, 0.55, 0.29,
+                                        0.24, 0.20, 0.16, 0.15, 0.15};
+
+// Between the measured chunk lengths: linear in the logarithm. Masks are bounded by the block.
+CommitModel::Yield prior_yield(int chunk_length, int block_length) {
+  const double c = std::min(chunk_length, 32);
+  int right = 1;
+  while (kPriorChunk[right] < c) ++right;
+  const double fraction = std::log2(c / kPriorChunk[right - 1]);
+  const auto& a = kPriorYield[right - 1];
+  const auto& b = kPriorYield[right];
+  const double most = std::min(chunk_length, block_length);
+  return {std::min(a.commits + fraction * (b.commits - a.commits), most),
+          std::min(a.masks + fraction * (b.masks - a.masks), most), 0};
 }
 
 }  // namespace
@@ -47,7 +53,6 @@ double prior_probability(double offset) {
 CommitModel::CommitModel(int block_length) : block_length_(block_length) {
   OPTIMUS_CHECK(block_length > 0, "[commit_model] block_length must be positive, got ",
                 block_length);
-  for (int rank = 0; rank < block_length; ++rank) prior_.push_back(prior_probability(rank));
   reliability_by_rank_.resize(block_length);
 }
 
@@ -62,9 +67,8 @@ int CommitModel::context(UnmaskingStrategy strategy, float threshold, int quota)
     if (nearest < 0 || distance < std::abs(contexts_[nearest].threshold - threshold)) nearest = i;
   }
   if (num_contexts() >= kMaxContexts) return nearest >= 0 ? nearest : 0;
-  Context fresh{strategy, threshold, quota, {}, prior_, {}, {}};
+  Context fresh{strategy, threshold, quota, {}, 0, 0, {}, {}};
   fresh.by_rank.assign(block_length_, {});
-  fresh.prior_weight.assign(block_length_, kPriorWeight);
   contexts_.push_back(std::move(fresh));
   return num_contexts() - 1;
 }
@@ -74,6 +78,13 @@ void CommitModel::check(int context, int rank, const char* what) const {
                 context, " is not in [0, ", num_contexts(), ")");
   OPTIMUS_CHECK(rank >= 0 && rank < block_length_, "[commit_model] ", what, ": rank ", rank,
                 " is not in [0, ", block_length_, ")");
+}
+
+int CommitModel::lane_of(int chunk_length) {
+  constexpr int kFirst[kLanes] = {1, 2, 3, 6, 12, 23};
+  int lane = kLanes - 1;
+  while (lane > 0 && chunk_length < kFirst[lane]) --lane;
+  return lane;
 }
 
 int CommitModel::rank_bin(int rank) {
@@ -104,35 +115,46 @@ int CommitModel::kind(int rank, const MaskHistory& history) {
   return kNumSeen + (share < 0.25f ? 3 : share < 0.6f ? 4 : 5);
 }
 
-// Rank 0 says little about the others: a step commits one mask whatever the threshold.
-double CommitModel::prior_scale(const Context& context) const {
-  return std::clamp((kPriorWeight + context.committed) / (kPriorWeight + context.expected),
-                    1 / kMaxScale, kMaxScale);
+double CommitModel::idle_fade(const Lane& lane) const {
+  const double idle = static_cast<double>(step_ - lane.last_step);
+  return idle > 1 ? std::exp2(-idle / kIdleHalfLife) : 1.0;
+}
+
+CommitModel::Yield CommitModel::yield(int context, int chunk_length) const {
+  check(context, 0, "yield");
+  const Context& c = contexts_[context];
+  const Lane& lane = c.lanes[lane_of(chunk_length)];
+  const double scale = std::clamp((kYieldWeight + c.commits) / (kYieldWeight + c.prior_commits),
+                                  1 / kMaxScale, kMaxScale);
+  const Yield prior = prior_yield(chunk_length, block_length_);
+  const double most = std::min(chunk_length, block_length_);
+  const double fade = idle_fade(lane), weight = fade * lane.steps + kYieldWeight;
+  const double commits =
+      (fade * lane.commits + kYieldWeight * std::min(prior.commits * scale, most)) / weight;
+  const double masks = (fade * lane.masks + kYieldWeight * prior.masks) / weight;
+  // Every step commits its most confident mask whatever the threshold.
+  return {std::clamp(commits, 1.0, most), std::clamp(masks, 1.0, most), fade * lane.steps};
+}
+
+void CommitModel::observe_step(int context, int chunk_length, int num_masks, int num_commits) {
+  check(context, 0, "observe_step");
+  static const double kDecay = std::exp2(-1.0 / kYieldHalfLife);
+  Context& c = contexts_[context];
+  Lane& lane = c.lanes[lane_of(chunk_length)];
+  const double decay = kDecay * (lane.last_step != step_ ? idle_fade(lane) : 1.0);
+  lane.commits = lane.commits * decay + num_commits;
+  lane.masks = lane.masks * decay + num_masks;
+  lane.steps = lane.steps * decay + 1;
+  lane.last_step = step_;
+  c.commits = c.commits * kDecay + num_commits;
+  c.prior_commits = c.prior_commits * kDecay + prior_yield(chunk_length, block_length_).commits;
 }
 
 double CommitModel::rank_probability(const Context& context, int rank) const {
-  const double prior =
-      rank == 0 ? context.prior[0] : std::min(1.0, context.prior[rank] * prior_scale(context));
-  const double weight = context.prior_weight[rank];
+  constexpr int kLast = static_cast<int>(std::size(kPriorProbability)) - 1;
   const Counts& counts = context.by_rank[rank];
-  return (counts.committed + weight * prior) / (counts.evaluated + weight);
-}
-
-double CommitModel::probability(int context, int rank) const {
-  check(context, rank, "probability");
-  return rank_probability(contexts_[context], rank);
-}
-
-void CommitModel::expected_commits(int context, std::vector<double>& commits_of) const {
-  check(context, 0, "expected_commits");
-  commits_of.resize(block_length_ + 1);
-  commits_of[0] = 0;
-  double sum = 0;
-  for (int rank = 0; rank < block_length_; ++rank) {
-    sum += rank_probability(contexts_[context], rank);
-    // Every step commits its most confident mask whatever the threshold, at whichever rank.
-    commits_of[rank + 1] = std::max(1.0, sum);
-  }
+  return (counts.committed + kPriorWeight * kPriorProbability[std::min(rank, kLast)]) /
+         (counts.evaluated + kPriorWeight);
 }
 
 double CommitModel::cell_probability(const Context& context, int bin, int kind) const {
@@ -160,7 +182,6 @@ void CommitModel::history_table(int context, std::vector<float>& table) const {
 
 void CommitModel::observe(int context, int rank, const MaskHistory& history, bool committed) {
   static const float kDecay = static_cast<float>(std::exp2(-1.0 / kHalfLife));
-  static const float kHistoryDecay = static_cast<float>(std::exp2(-1.0 / kHistoryHalfLife));
   const double predicted = probability(context, rank, history);
   const int bin = std::min(static_cast<int>(predicted * kReliabilityBins), kReliabilityBins - 1);
   for (Reliability* r : {&reliability_[bin], &reliability_by_rank_[rank]}) {
@@ -169,19 +190,11 @@ void CommitModel::observe(int context, int rank, const MaskHistory& history, boo
     r->count += 1;
   }
   Context& c = contexts_[context];
-  const auto add = [committed](Counts& counts, float decay) {
-    counts.evaluated = counts.evaluated * decay + 1.0f;
-    counts.committed = counts.committed * decay + (committed ? 1.0f : 0.0f);
-  };
-  Counts& counts = c.by_rank[rank];
-  const Counts before = counts;
-  add(counts, kDecay);
-  if (rank > 0) {
-    c.committed += counts.committed - before.committed;
-    c.expected += (counts.evaluated - before.evaluated) * c.prior[rank];
+  for (Counts* counts :
+       {&c.by_rank[rank], &c.by_history[rank_bin(rank) * kKinds + kind(rank, history)]}) {
+    counts->evaluated = counts->evaluated * kDecay + 1.0f;
+    counts->committed = counts->committed * kDecay + (committed ? 1.0f : 0.0f);
   }
-  add(c.by_history[rank_bin(rank) * kKinds + kind(rank, history)], kHistoryDecay);
-  c.prior_weight[rank] *= kDecay;
 }
 
 }  // namespace optimus

@@ -1,12 +1,13 @@
 // How many of the masks a step evaluates will commit, learned from what happened.
 //
-// Two estimates, both probabilities per mask, kept per *context* (unmasking strategy, threshold and
-// quota: what decides a commit):
-//   by rank      P(commit | place among the evaluated masks): what a chunk length yields on average
-//   by history   P(commit | rank, what the request's last step said): the mask's last confidence, or,
-//                for a mask that was not a row yet, how well its request's last step went
-// Confidences are bimodal and easy stretches come in runs, so history tells requests apart that
-// rank cannot.
+// Two estimates, kept per *context* (unmasking strategy, threshold and quota: what decides a commit):
+//   yield        commits and evaluated masks of a request and step, in the steady state of decoding
+//                with a chunk length. Measured for each chunk length by itself: large chunks swallow
+//                easy stretches in one step and meet what is left of a block more often, so what one
+//                chunk length sees does not tell what another would see.
+//   probability  P(commit | rank of the mask, what the request's last step said): the mask's last
+//                confidence, or, for a mask that was not a row yet, how well that step went.
+//                Confidences are bimodal and easy stretches come in runs: this tells requests apart.
 #pragma once
 
 #include <array>
@@ -21,7 +22,7 @@ namespace optimus {
 struct MaskHistory {
   static constexpr float kUnseen = -1.0f;
   std::vector<float> confidence;  // of the masks that were evaluated and did not commit
-  int num_evaluated = 0;          // masks of the last step, 0 = first step of the block
+  int num_evaluated = 0;          // masks of the last step, 0 = none yet
   int num_committed = 0;
 
   float confidence_of(int rank) const {
@@ -31,24 +32,28 @@ struct MaskHistory {
 
 class CommitModel {
  public:
-  // Prior: the demo model's profile, stretched to block_length.
+  // Priors: measured on the demo model.
   explicit CommitModel(int block_length);
 
   // Index of the statistics for masks that are committed under the same rule.
   int context(UnmaskingStrategy strategy, float threshold, int quota);
   int num_contexts() const { return static_cast<int>(contexts_.size()); }
 
-  // `rank` in [0, block_length): 0 is the first evaluated mask.
-  void observe(int context, int rank, const MaskHistory& history, bool committed);
+  // Per request and step.
+  struct Yield {
+    double commits = 1, masks = 1;
+    double steps = 0;  // that this was learned from, as far as they still count
+  };
+  // Expected of decoding with `chunk_length`; commits >= 1, masks <= chunk_length.
+  Yield yield(int context, int chunk_length) const;
+  // One request's step with its usual chunk length.
+  void observe_step(int context, int chunk_length, int num_masks, int num_commits);
+  // Once per step: what was learned of chunk lengths that are not in use grows old.
+  void advance() { ++step_; }
 
-  // P(commit | rank).
-  double probability(int context, int rank) const;
-  // Expected commits of a step that evaluates the first n masks, for n = 0..block_length, at least 1
-  // from n = 1 on and never falling.
-  void expected_commits(int context, std::vector<double>& commits_of) const;
-  // P(commit | rank, history).
+  // P(commit | rank, history); `rank` in [0, block_length): 0 is the first evaluated mask.
   double probability(int context, int rank, const MaskHistory& history) const;
-
+  void observe(int context, int rank, const MaskHistory& history, bool committed);
   // The same for every (rank bin, kind), to look many masks up: [kRankBins * kKinds].
   void history_table(int context, std::vector<float>& table) const;
   static float lookup(const std::vector<float>& table, int rank, const MaskHistory& history) {
@@ -57,7 +62,7 @@ class CommitModel {
   // First rank behind those that share a rank bin with `rank`.
   static int rank_bin_end(int rank);
 
-  // Calibration of the history estimate: of all masks predicted in [i/10, (i+1)/10), the sum of
+  // Calibration of probability(): of all masks predicted in [i/10, (i+1)/10), the sum of
   // predictions, the commits, and how many there were; and the same by rank.
   struct Reliability {
     double predicted = 0, committed = 0, count = 0;
@@ -71,25 +76,31 @@ class CommitModel {
   struct Counts {
     float committed = 0, evaluated = 0;
   };
-  static constexpr int kRankBins = 9, kKinds = 13;
+  // Decayed sums over the steps of requests that decoded with (about) one chunk length.
+  struct Lane {
+    double commits = 0, masks = 0, steps = 0;
+    uint64_t last_step = 0;
+  };
+  static constexpr int kRankBins = 9, kKinds = 13, kLanes = 6;
   struct Context {
     UnmaskingStrategy strategy;
     float threshold;
     int quota;
+    std::array<Lane, kLanes> lanes;
+    double commits = 0, prior_commits = 0;  // decayed sums over all lanes: how good the prior is
     std::vector<Counts> by_rank;
-    std::vector<double> prior, prior_weight;  // [rank] and the observations it is still worth
     std::array<Counts, kRankBins * kKinds> by_history{};
-    double committed = 0, expected = 0;  // sums over ranks above 0; expected by the prior
   };
+  static int lane_of(int chunk_length);
   static int rank_bin(int rank);
   static int kind(int rank, const MaskHistory& history);
-  double prior_scale(const Context& context) const;
+  double idle_fade(const Lane& lane) const;
   double rank_probability(const Context& context, int rank) const;
   double cell_probability(const Context& context, int bin, int kind) const;
   void check(int context, int rank, const char* what) const;
 
   int block_length_;
-  std::vector<double> prior_;
+  uint64_t step_ = 0;
   std::vector<Context> contexts_;
   std::array<Reliability, kReliabilityBins> reliability_{};
   std::vector<Reliability> reliability_by_rank_;

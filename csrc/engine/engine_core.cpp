@@ -67,7 +67,9 @@ uint64_t EngineCore::add_request(std::vector<int32_t> prompt, SamplingParams par
   request->id = next_id_++;
   request->prompt = std::move(prompt);
   request->params = std::move(params);
-  request->metrics.arrival_s = advance_clock(now_s);
+  // It may have arrived while the last step ran: that wait counts.
+  const double clock_s = advance_clock(now_s);
+  request->metrics.arrival_s = std::isfinite(now_s) ? now_s : clock_s;
   const int steps = request->params.denoising_steps;
   request->commit_context =
       commits_.context(request->params.unmasking_strategy, request->params.confidence_threshold,
@@ -107,6 +109,8 @@ StepOutput EngineCore::update(const StepResult& result, double forward_ms, doubl
     output.record.commits += static_cast<int>(update.commits.size());
     output.updates.push_back(std::move(update));
   }
+  commits_.advance();
+  scheduler_.observe(output.record.commits, forward_ms);
   latency_.observe(plan_->load(), forward_ms);
   // Steps that follow each other at once: what the forward does not explain is host work.
   if (last_end_s_ >= 0) latency_.observe_overhead((now_s_ - last_end_s_) * 1e3 - forward_ms);
@@ -172,7 +176,7 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
     scheduler_.cache_clean_pages(&request);
   }
   request.previous_block_pending = result.block_start[slot] != request.block_start;
-  learn(request, result, first, last);
+  learn(request, seq, result, first, last);
   for (int i = first; i < last; ++i) {
     if (!result.candidates.committed[i]) continue;
     OutputToken token{result.candidates.token_ids[i], result.candidates.logprob[i],
@@ -198,13 +202,20 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
   return last - first;
 }
 
-void EngineCore::learn(Request& request, const StepResult& result, int first, int last) {
+void EngineCore::learn(Request& request, const SeqPlan& seq, const StepResult& result, int first,
+                       int last) {
   int num_committed = 0;
+  const bool decodes_blocks = config_.decode_mode != DecodeMode::ar;
   for (int i = first; i < last; ++i) {
     const bool committed = result.candidates.committed[i];
     num_committed += committed;
-    if (config_.decode_mode == DecodeMode::ar) continue;
-    commits_.observe(request.commit_context, i - first, request.history, committed);
+    if (decodes_blocks) {
+      commits_.observe(request.commit_context, i - first, request.history, committed);
+    }
+  }
+  // Rows by marginal gain have no usual chunk length: small ones go to requests in hard stretches.
+  if (decodes_blocks && config_.decode_mode != DecodeMode::elastic_per_request) {
+    commits_.observe_step(request.commit_context, seq.chunk_length, last - first, num_committed);
   }
   if (request.previous_block_pending) {  // a new block: how the last one ended still tells
     request.previous_needs_refresh = request.block_needs_refresh;

@@ -51,7 +51,7 @@ class EngineCore {
   int update_decode(const SeqPlan& seq, const StepResult& result, int first_logit_row,
                     RequestUpdate& update);
   // Tells the commit model what became of rows [first, last), and the request what they said.
-  void learn(Request& request, const StepResult& result, int first, int last);
+  void learn(Request& request, const SeqPlan& seq, const StepResult& result, int first, int last);
   void record_commit(Request& request, int output_idx, OutputToken token, RequestUpdate& update);
   FinishReason check_finished(Request& request);
   void finish(Request& request, FinishReason reason);

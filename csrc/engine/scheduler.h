@@ -39,6 +39,8 @@ class Scheduler {
   int pages_for(int num_tokens) const;
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
   int num_running() const { return static_cast<int>(running_.size()); }
+  // What the last plan came to.
+  void observe(int commits, double forward_ms) { policy_.observe(commits, forward_ms); }
   const ChunkPolicy& policy() const { return policy_; }
   PagePool& pool() { return pool_; }
   PrefixCache& prefix_cache() { return prefix_cache_; }

@@ -89,12 +89,28 @@ void Simulator::fill_confidences(const StepPlan& plan) {
   }
 }
 
+// Rows without which the same tokens could not have been committed: prompts, new tokens fed once more,
+// and masks that did commit; nothing behind a request's last token.
+int Simulator::useful_rows(const StepPlan& plan) const {
+  const StepRows& rows = buffers_.rows();
+  int useful = 0, logit_row = 0;
+  for (size_t s = 0; s < plan.seqs.size(); ++s) {
+    const int end = plan.seqs[s].request->max_len();
+    for (int row = rows.cu_seqlens_q[s]; row < rows.cu_seqlens_q[s + 1]; ++row) {
+      const bool is_mask =
+          logit_row < buffers_.num_logit_rows() && rows.logit_rows[logit_row] == row;
+      const bool commits = is_mask && buffers_.candidates().committed[logit_row];
+      logit_row += is_mask;
+      useful += rows.positions[row] < end && (commits || !is_mask);
+    }
+  }
+  return useful;
+}
+
 double Simulator::step_ms(const StepPlan& plan, const StepResult& result) {
   StepLoad load = plan.load();
   load.rows = result.num_rows;
-  if (config_.oracle) {
-    for (int i = 0; i < result.num_logit_rows; ++i) load.rows -= !result.candidates.committed[i];
-  }
+  if (config_.oracle) load.rows = useful_rows(plan);
   double ms = config_.latency.ms(load);
   for (const auto& [from_s, factor] : config_.slowdowns) {
     if (now_s_ >= from_s) ms *= factor;

@@ -22,7 +22,7 @@ struct SimulatorConfig {
   double outlier_share = 0;      // of steps that take outlier_factor times as long
   double outlier_factor = 10;
   std::vector<std::pair<double, double>> slowdowns;  // (from this second on, time factor)
-  // Evaluate every mask but charge only for those that commit: no policy can be faster.
+  // Evaluate every mask but charge only for rows that turn out to be needed: knows the future.
   bool oracle = false;
   uint64_t seed = 0;
 };
@@ -60,6 +60,7 @@ class Simulator {
   };
   void admit_arrivals();
   void fill_confidences(const StepPlan& plan);
+  int useful_rows(const StepPlan& plan) const;
   double step_ms(const StepPlan& plan, const StepResult& result);
 
   SimulatorConfig config_;
