@@ -34,6 +34,7 @@ from .cli_options import (
     print_json,
     sampling_params,
 )
+from .cli_simulate import simulate
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -49,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(simulate)
 register_calibrate(app)
 
 _out = Console(highlight=False, soft_wrap=True)
