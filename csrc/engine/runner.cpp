@@ -119,8 +119,9 @@ StepResult Runner::run(const StepPlan& plan) {
   int num_rows = counts_[0], num_logit_rows = counts_[1];
   forward_rows(num_rows, num_seqs, num_logit_rows);
   unmask({activations_.logits.data(), rows_.logit_slots, rows_.logit_offsets, state_, candidates_,
-          num_fresh_.data(), num_masked_.data(), num_logit_rows, model.vocab_size,
-          config_.row_mode(), model.dtype},
+          num_fresh_.data(), num_masked_.data(), num_logit_rows,
+          model.true_vocab_size > 0 ? model.true_vocab_size : model.vocab_size, config_.row_mode(),
+          model.dtype, model.vocab_size},
          execution_);
   return {rows_.logit_slots, rows_.logit_offsets, candidates_, state_.block_start,
           num_fresh_.data(), num_masked_.data(),  num_rows,    num_logit_rows};

@@ -221,7 +221,7 @@ struct Candidates {
 //   entropy_bounded:        by ascending entropy while the running sum stays <= entropy_bound, >= 1
 // Ties go to the lower position. Source: the SDAR generation script's rules (JetAstra/SDAR).
 struct UnmaskParams {
-  const void* logits;            // [num_logit_rows, vocab_size]
+  const void* logits;            // [num_logit_rows, logits_stride], of which vocab_size are read
   const int32_t* logit_slots;    // [num_logit_rows] rows of a slot are contiguous, ascending
   const int32_t* logit_offsets;  // [num_logit_rows]
   DecodeState state;
@@ -230,7 +230,8 @@ struct UnmaskParams {
   int32_t* num_masked;  // [num_slots] after the step: masks in the current block
   int num_logit_rows, vocab_size;
   RowMode mode;
-  DType dtype;  // of logits
+  DType dtype;            // of logits
+  int logits_stride = 0;  // 0 = vocab_size; larger when the vocabulary is padded
 };
 void unmask(const UnmaskParams&, const Execution&);
 

@@ -54,6 +54,9 @@ void validate(const ModelConfig& c) {
   OPTIMUS_CHECK(c.mask_token_id >= -1 && c.mask_token_id < c.vocab_size,
                 "[model_config] mask_token_id must be below vocab_size ", c.vocab_size, ", got ",
                 c.mask_token_id);
+  OPTIMUS_CHECK(c.true_vocab_size >= 0 && c.true_vocab_size <= c.vocab_size,
+                "[model_config] true_vocab_size must be at most vocab_size ", c.vocab_size,
+                ", got ", c.true_vocab_size);
 }
 
 KvCache::KvCache(const ModelConfig& c, int num_pages_, int page_size_)

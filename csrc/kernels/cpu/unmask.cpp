@@ -69,7 +69,8 @@ int sample_token(const T* logits, int vocab_size, float scale, float floor, uint
 template <class T>
 void find_candidate(const UnmaskParams& p, int i, std::vector<float>& scratch) {
   const DecodeState& state = p.state;
-  const T* logits = static_cast<const T*>(p.logits) + int64_t(i) * p.vocab_size;
+  const int stride = p.logits_stride > 0 ? p.logits_stride : p.vocab_size;
+  const T* logits = static_cast<const T*>(p.logits) + int64_t(i) * stride;
   int slot = p.logit_slots[i];
   const SimdKernels<T>& simd = simd_kernels<T>();
   SoftmaxSums plain = simd.softmax_sums(logits, p.vocab_size, 1.0f);
@@ -178,6 +179,9 @@ void update_window(const UnmaskParams& p, int begin, int end) {
 
 void unmask(const UnmaskParams& p, ThreadPool& threads) {
   OPTIMUS_CHECK(p.vocab_size > 0, "[unmask] vocab_size must be positive, got ", p.vocab_size);
+  OPTIMUS_CHECK(p.logits_stride == 0 || p.logits_stride >= p.vocab_size,
+                "[unmask] logits_stride must be 0 or at least vocab_size ", p.vocab_size, ", got ",
+                p.logits_stride);
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     threads.parallel_for(p.num_logit_rows, 4, [&](int64_t begin, int64_t end) {

@@ -109,6 +109,8 @@ TEST(Model, BadConfigsThrowWithValues) {
   rejects("mask_token_id must be below vocab_size 61, got 61",
           [](ModelConfig& c) { c.mask_token_id = 61; });
   rejects("got -2", [](ModelConfig& c) { c.mask_token_id = -2; });
+  rejects("true_vocab_size must be at most vocab_size 61, got 62",
+          [](ModelConfig& c) { c.true_vocab_size = 62; });
 }
 
 TEST(Model, ForwardDoesNotDependOnPages) {
