@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .cli_grow import grow_command
+
 if TYPE_CHECKING:
     from .llm import LLM
     from .outputs import RequestOutput
@@ -27,6 +29,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.command(name="grow")(grow_command)
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
