@@ -29,6 +29,7 @@ struct EmbeddingParams {
   void* out;                 // [rows, hidden]
   int rows, hidden;
   DType dtype;
+  bool packed = false;  // CPU only: table comes from pack_gemm_weight, shared with a tied head
 };
 void embedding(const EmbeddingParams&, const Execution&);
 

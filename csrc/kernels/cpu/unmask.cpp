@@ -182,17 +182,20 @@ void unmask(const UnmaskParams& p, ThreadPool& threads) {
   OPTIMUS_CHECK(p.logits_stride == 0 || p.logits_stride >= p.vocab_size,
                 "[unmask] logits_stride must be 0 or at least vocab_size ", p.vocab_size, ", got ",
                 p.logits_stride);
+  int num_rows = p.num_logit_rows;
+  if (p.num_logit_rows_device != nullptr) num_rows = std::min(num_rows, *p.num_logit_rows_device);
+  while (num_rows > 0 && p.logit_slots[num_rows - 1] < 0) --num_rows;  // padding
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    threads.parallel_for(p.num_logit_rows, 4, [&](int64_t begin, int64_t end) {
+    threads.parallel_for(num_rows, 4, [&](int64_t begin, int64_t end) {
       static thread_local std::vector<float> scratch;
       for (int64_t i = begin; i < end; ++i) find_candidate<T>(p, static_cast<int>(i), scratch);
     });
   });
   static thread_local std::vector<int> order;
-  for (int begin = 0; begin < p.num_logit_rows;) {
+  for (int begin = 0; begin < num_rows;) {
     int end = begin + 1;
-    while (end < p.num_logit_rows && p.logit_slots[end] == p.logit_slots[begin]) ++end;
+    while (end < num_rows && p.logit_slots[end] == p.logit_slots[begin]) ++end;
     apply_strategy(p, begin, end, order);
     update_window(p, begin, end);
     begin = end;

@@ -37,19 +37,33 @@ struct UnmaskCall {
   }
   float logit(int row, int token) const { return logits.get(row * stride() + token); }
 
-  void run(ThreadPool& pool) {
+  void poison_outputs() {
     const size_t rows = num_rows() + 1;  // one guard entry behind each
     token_ids.assign(rows, kPoison);
     confidence.assign(rows, kPoison);
     logprob.assign(rows, kPoison);
     entropy.assign(rows, kPoison);
     committed.assign(rows, kPoisonByte);
-    cpu::unmask({logits.data(), logit_slots.data(), logit_offsets.data(), state.view(),
-                 Candidates{token_ids.data(), confidence.data(), logprob.data(), entropy.data(),
-                            committed.data()},
-                 num_fresh.data(), num_masked.data(), num_rows(), vocab_size, RowMode::chunk,
-                 logits.dtype(), logits_stride},
-                pool);
+  }
+  UnmaskParams params() {
+    return {logits.data(),
+            logit_slots.data(),
+            logit_offsets.data(),
+            state.view(),
+            Candidates{token_ids.data(), confidence.data(), logprob.data(), entropy.data(),
+                       committed.data()},
+            num_fresh.data(),
+            num_masked.data(),
+            num_rows(),
+            vocab_size,
+            RowMode::chunk,
+            logits.dtype(),
+            logits_stride,
+            num_rows_on_device};
+  }
+  void run(ThreadPool& pool) {
+    poison_outputs();
+    cpu::unmask(params(), pool);
     EXPECT_TRUE(logits.guards_intact());
     EXPECT_EQ(token_ids.back(), kPoison);
     EXPECT_EQ(confidence.back(), kPoison);
@@ -72,6 +86,7 @@ struct UnmaskCall {
   std::vector<uint8_t> committed;
   std::vector<int32_t> num_fresh, num_masked;
   int vocab_size, logits_stride = 0;
+  const int32_t* num_rows_on_device = nullptr;
 };
 
 inline std::vector<int> iota(int count) {
