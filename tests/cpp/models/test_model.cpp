@@ -186,6 +186,9 @@ TEST(Model, TiedHeadIsTheEmbedding) {
   Tensor a = run_forward(tied, tokens, 8, {0, 1}, 2);
   Tensor b = run_forward(untied, tokens, 8, {0, 1}, 2);
   expect_same_bits(a, 0, b, 0, a.size());
+  // One copy of the table serves both.
+  EXPECT_EQ(untied.weight_bytes() - tied.weight_bytes(),
+            size_t(config.vocab_size) * config.hidden_size * sizeof(float));
 }
 
 TEST(Model, TensorsConvertToTheModelsDtype) {
