@@ -29,6 +29,7 @@ from optimus.evaluate import generate_answers, load_tasks
 from optimus.outputs import RequestOutput
 
 Block = list[tuple[int, int]]  # (position, step of its commit)
+MIN_MASKS = 100  # offsets seen less often say nothing about the trend
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Profile:
             "tokens_per_forward": sum(self.committed) / max(1, self.num_forwards),
             "probability_by_offset": [round(p, 3) for p in self.probability()],
             "masks_by_offset": self.seen,
-            "trend": trend(self.probability()),
+            "trend": trend([p for p, n in zip(self.probability(), self.seen) if n >= MIN_MASKS]),
         }
 
 
@@ -137,6 +138,7 @@ def main() -> None:
             "commit": git_commit(),
             "machine": machine(),
             "arguments": {"num_prompts": arguments.num_prompts, "threshold": arguments.threshold},
+            "trends_from_masks": MIN_MASKS,
             "tokens_per_forward": every["tokens_per_forward"],
             "num_blocks": len(blocks),
             "share_of_blocks_whole_at_once": share,
