@@ -216,7 +216,8 @@ def evaluate_command(
             "mode": mode, "chunk_length": chunk_length, "kv_policy": llm.options.kv_policy,
             "threshold": threshold, "concurrency": concurrency, "num_prompts": len(task_list),
         }  # fmt: skip
-        _print_json({"arguments": arguments, **result.to_dict()})
+        grown_from = llm.checkpoint.grown_from
+        _print_json({"grown_from": grown_from, "arguments": arguments, **result.to_dict()})
         return
     _out.print(display.eval_table(result, f"exact match, mode {mode}"))
     _out.print(display.eval_line(result))
@@ -272,6 +273,7 @@ def offline(
     report = {
         "machine": machine(),
         "commit": git_commit(),
+        "grown_from": llm.checkpoint.grown_from,
         "arguments": arguments | {"kv_policy": llm.options.kv_policy},
         "latency_profile": llm.latency_profile,
         "rows": [row.to_dict() for row in rows],

@@ -344,6 +344,20 @@ def test_presets(name: str, billions: float) -> None:
     assert f"sdar-{name}" in PRESETS
 
 
+def test_reports_name_the_parent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = write_target(tmp_path / "target", DEMO_TARGET)
+    checkpoint = grow(DEMO_MODEL, target, tmp_path / "grown", dtype="float32")
+    common = ["--num-prompts", "1", "--max-tokens", "8", "--json"]
+    for command in (
+        ["eval", "--mode", "block"],
+        ["bench", "offline", "--modes", "block", "--concurrency", "1"],
+    ):
+        for model, expected in ((checkpoint.path, checkpoint.grown_from), (DEMO_MODEL, None)):
+            with pytest.raises(SystemExit):
+                main([*command, *common, "--model", str(model)])
+            assert json.loads(capsys.readouterr().out)["grown_from"] == expected
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parent = make_checkpoint(tmp_path / "parent", tokenizer=True, **{**GROWTHS["odd"][0], "vocab_size": 264})  # fmt: skip  # noqa: E501
     target = write_target(tmp_path / "target", GROWTHS["odd"][1] | {"vocab_size": 300})
