@@ -24,7 +24,8 @@ void bind_model(py::module_& m) {
       .def_readwrite("rms_norm_eps", &ModelConfig::rms_norm_eps)
       .def_readwrite("rope_theta", &ModelConfig::rope_theta)
       .def_readwrite("tie_word_embeddings", &ModelConfig::tie_word_embeddings)
-      .def_readwrite("mask_token_id", &ModelConfig::mask_token_id);
+      .def_readwrite("mask_token_id", &ModelConfig::mask_token_id)
+      .def_readwrite("true_vocab_size", &ModelConfig::true_vocab_size);
   def_enum(config, "dtype", &ModelConfig::dtype, kDTypes);
 
   auto load = [](Model& self, const std::string& name, const py::array& data) {

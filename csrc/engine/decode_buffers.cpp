@@ -101,7 +101,7 @@ BuildRowsParams DecodeBuffers::write_plan(const StepPlan& plan, int mask_token_i
           config_.row_mode()};
 }
 
-UnmaskParams DecodeBuffers::unmask_params(const void* logits, int vocab_size, DType dtype) {
+UnmaskParams DecodeBuffers::unmask_params(const void* logits, const ModelConfig& model) {
   return {logits,
           rows_.logit_slots,
           rows_.logit_offsets,
@@ -110,9 +110,10 @@ UnmaskParams DecodeBuffers::unmask_params(const void* logits, int vocab_size, DT
           num_fresh_.data(),
           num_masked_.data(),
           num_logit_rows(),
-          vocab_size,
+          model.true_vocab_size > 0 ? model.true_vocab_size : model.vocab_size,
           config_.row_mode(),
-          dtype};
+          model.dtype,
+          model.vocab_size};
 }
 
 StepResult DecodeBuffers::result() const {

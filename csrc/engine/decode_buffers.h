@@ -4,6 +4,7 @@
 
 #include "core/buffer.h"
 #include "engine/batch.h"
+#include "models/config.h"
 
 namespace optimus {
 
@@ -25,7 +26,7 @@ class DecodeBuffers {
   // Opens the windows of requests that start decoding and writes the plan down.
   BuildRowsParams write_plan(const StepPlan& plan, int mask_token_id);
   // unmask of the rows that build_rows made.
-  UnmaskParams unmask_params(const void* logits, int vocab_size, DType dtype);
+  UnmaskParams unmask_params(const void* logits, const ModelConfig& model);
   StepResult result() const;
 
   const DecodeState& state() const { return state_; }

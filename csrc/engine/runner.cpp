@@ -36,8 +36,7 @@ StepResult Runner::run(const StepPlan& plan) {
   const ModelConfig& model = model_.config();
   build_rows(buffers_.write_plan(plan, model.mask_token_id), execution_);
   forward_rows(buffers_.num_rows(), static_cast<int>(plan.seqs.size()), buffers_.num_logit_rows());
-  unmask(buffers_.unmask_params(activations_.logits.data(), model.vocab_size, model.dtype),
-         execution_);
+  unmask(buffers_.unmask_params(activations_.logits.data(), model), execution_);
   return buffers_.result();
 }
 

@@ -133,7 +133,7 @@ bool Simulator::step() {
   OPTIMUS_INVARIANT(!plan.seqs.empty(), "an empty plan with requests left");
   cpu::build_rows(buffers_.write_plan(plan, kMaskTokenId), threads_);
   fill_confidences(plan);
-  cpu::commit_candidates(buffers_.unmask_params(nullptr, kVocabSize, DType::float32));
+  cpu::commit_candidates(buffers_.unmask_params(nullptr, ModelConfig{}));
   const StepResult result = buffers_.result();
   const double ms = step_ms(plan, result);
   now_s_ += (ms + config_.host_ms) * 1e-3;

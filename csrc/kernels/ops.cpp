@@ -9,12 +9,6 @@
 
 namespace optimus {
 
-#define OPTIMUS_DISPATCH_CPU(op, Params, why)                                \
-  void op(const Params& params, const Execution& execution) {                \
-    OPTIMUS_CHECK(execution.device == Device::cpu, "[" #op "] has no " why); \
-    cpu::op(params, *execution.threads);                                     \
-  }
-
 #if defined(OPTIMUS_WITH_CUDA)
 #define OPTIMUS_DISPATCH(op, Params)                                 \
   void op(const Params& params, const Execution& execution) {        \
@@ -25,18 +19,42 @@ namespace optimus {
     }                                                                \
   }
 #else
-#define OPTIMUS_DISPATCH(op, Params) \
-  OPTIMUS_DISPATCH_CPU(op, Params, "CUDA kernel: this build has no CUDA backend")
+#define OPTIMUS_DISPATCH(op, Params)                                                            \
+  void op(const Params& params, const Execution& execution) {                                   \
+    OPTIMUS_CHECK(execution.device == Device::cpu, "[" #op "] this build has no CUDA backend"); \
+    cpu::op(params, *execution.threads);                                                        \
+  }
 #endif
 
 OPTIMUS_DISPATCH(embedding, EmbeddingParams)
-OPTIMUS_DISPATCH_CPU(rms_norm, RmsNormParams, "CUDA kernel yet")
-OPTIMUS_DISPATCH_CPU(silu_mul, SiluMulParams, "CUDA kernel yet")
-OPTIMUS_DISPATCH_CPU(gemm, GemmParams, "CUDA kernel yet")
-OPTIMUS_DISPATCH_CPU(qk_norm_rope_kv_write, QkNormRopeKvWriteParams, "CUDA kernel yet")
-OPTIMUS_DISPATCH_CPU(block_attention, BlockAttentionParams, "CUDA kernel yet")
-OPTIMUS_DISPATCH_CPU(kv_copy, KvCopyParams, "CUDA kernel yet")
-OPTIMUS_DISPATCH_CPU(build_rows, BuildRowsParams, "CUDA kernel yet")
-OPTIMUS_DISPATCH_CPU(unmask, UnmaskParams, "CUDA kernel yet")
+OPTIMUS_DISPATCH(rms_norm, RmsNormParams)
+OPTIMUS_DISPATCH(silu_mul, SiluMulParams)
+OPTIMUS_DISPATCH(gemm, GemmParams)
+OPTIMUS_DISPATCH(qk_norm_rope_kv_write, QkNormRopeKvWriteParams)
+OPTIMUS_DISPATCH(block_attention, BlockAttentionParams)
+OPTIMUS_DISPATCH(block_attention_schedule, BlockAttentionParams)
+OPTIMUS_DISPATCH(kv_copy, KvCopyParams)
+OPTIMUS_DISPATCH(build_rows, BuildRowsParams)
+OPTIMUS_DISPATCH(unmask, UnmaskParams)
+
+size_t block_attention_workspace_bytes(const BlockAttentionParams& params,
+                                       const Execution& execution) {
+#if defined(OPTIMUS_WITH_CUDA)
+  if (execution.device == Device::cuda) return cuda::block_attention_workspace_bytes(params);
+#endif
+  OPTIMUS_CHECK(execution.device == Device::cpu,
+                "[block_attention] this build has no CUDA backend, got num_seqs ", params.num_seqs);
+  return 0;
+}
+
+size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size) {
+#if defined(OPTIMUS_WITH_CUDA)
+  return cuda::unmask_workspace_bytes(num_logit_rows, vocab_size);
+#else
+  static_cast<void>(num_logit_rows);
+  static_cast<void>(vocab_size);
+  return 0;
+#endif
+}
 
 }  // namespace optimus

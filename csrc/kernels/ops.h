@@ -6,6 +6,12 @@
 // [0, kv_limits[i]) of its own request. K and V live in pages:
 //   k_pages, v_pages  [num_pages, num_kv_heads, page_size, head_dim]      (per layer)
 // and position p of a request is entry p % page_size of page page_table[p / page_size].
+//
+// Padding: a CUDA graph replays a whole bucket of rows, so rows behind the real ones exist. Such a
+// row has token id 0, position 0, kv_limit 1 and kv_slot -1; it belongs to no sequence. Ops that
+// work row by row compute it like any other (finite or not, nobody reads it), but a kv_slot < 0
+// writes no K or V, and block_attention leaves rows of no sequence alone. A padding logits row has
+// logit_row 0 and logit_slot -1: unmask does not look at it. Counts are always the real counts.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +29,7 @@ struct EmbeddingParams {
   void* out;                 // [rows, hidden]
   int rows, hidden;
   DType dtype;
+  bool packed = false;  // CPU only: table comes from pack_gemm_weight, shared with a tied head
 };
 void embedding(const EmbeddingParams&, const Execution&);
 
@@ -51,8 +58,9 @@ void silu_mul(const SiluMulParams&, const Execution&);
 
 // out[m, n] = sum_k x[m, k] * weight[n, k], fp32 accumulation in ascending k for every element:
 // a row's result does not depend on how many rows share the call ("batch-invariant").
-// `packed_weight` comes from pack_gemm_weight: panels of kGemmPanel output columns,
-// [ceil(n / kGemmPanel), k, kGemmPanel], zero-padded.
+// On the CPU `packed_weight` comes from pack_gemm_weight: panels of kGemmPanel output columns,
+// [ceil(n / kGemmPanel), k, kGemmPanel], zero-padded. On CUDA it is the weight itself, [n, k], and
+// the library chooses the order of sums by the shape; see kernels/cuda/kernels.h for planning ahead.
 constexpr int kGemmPanel = 32;
 struct GemmParams {
   const void* x;              // [rows, k]
@@ -61,7 +69,11 @@ struct GemmParams {
   int rows, n, k;
   DType dtype;      // of x and packed_weight
   DType out_dtype;  // of out
+  // CUDA only: scratch of the library, kGemmWorkspaceBytes is enough; calls in flight may not share.
+  void* workspace = nullptr;
+  size_t workspace_bytes = 0;
 };
+constexpr size_t kGemmWorkspaceBytes = size_t(32) << 20;
 void gemm(const GemmParams&, const Execution&);
 size_t packed_gemm_weight_size(int n, int k);  // elements
 // weight [n, k] (row-major) -> packed; CPU only, done once at load.
@@ -78,7 +90,7 @@ struct QkNormRopeKvWriteParams {
   const void* k_norm_weight;  // [head_dim], or null
   const float* inv_freq;      // [rotary_dim / 2]
   const int32_t* positions;   // [rows]
-  const int32_t* kv_slots;    // [rows] page * page_size + entry, where this row's K and V go
+  const int32_t* kv_slots;    // [rows] page * page_size + entry of this row's K and V; < 0: nowhere
   void* q;                    // [rows, num_q_heads, head_dim]
   void* k_pages;              // [num_pages, num_kv_heads, page_size, head_dim]
   void* v_pages;              // [num_pages, num_kv_heads, page_size, head_dim]
@@ -101,17 +113,36 @@ struct BlockAttentionParams {
   int num_seqs, num_q_heads, num_kv_heads, head_dim, page_size, page_table_stride;
   float scale;
   DType dtype;
+  // CUDA only. The workspace holds the step's schedule and partial results: filled by
+  // block_attention_schedule, then used by block_attention of every layer with the same
+  // cu_seqlens_q, kv_limits and shapes; one step at a time.
+  void* workspace = nullptr;   // 256-byte aligned
+  size_t workspace_bytes = 0;  // at least block_attention_workspace_bytes
+  int max_rows = 0;            // bound on cu_seqlens_q[num_seqs], which only the device knows
 };
+// On CUDA: bf16, head_dim 64 or 128, page_size 16, 32, 64 or 128, at most 16 q heads per KV head,
+// scale > 0. The lengths are read on the device alone, so a captured graph serves any lengths within
+// num_seqs, max_rows and page_table_stride. Where the step's keys are cut depends on all of its
+// rows: the same call gives the same bits every time, but a row's bits may change with its batch.
 void block_attention(const BlockAttentionParams&, const Execution&);
+// Once per step, before the first layer's block_attention; reads num_seqs, the head counts,
+// cu_seqlens_q, kv_limits, max_rows and the workspace. Does nothing on the CPU.
+void block_attention_schedule(const BlockAttentionParams&, const Execution&);
+// From num_seqs, max_rows, the head counts and head_dim, for the current device; 0 on the CPU.
+size_t block_attention_workspace_bytes(const BlockAttentionParams&, const Execution&);
 
-// Copies whole pages inside one pool: for every layer, K and V of src_pages[i] to dst_pages[i].
+// Copies whole pages inside one pool, or to another: for every layer, K and V of src_pages[i] to
+// dst_pages[i]. No page is a source and a destination of one call. On CUDA the other pool may be
+// page-locked host memory (preempted requests), and the arrays are read by the GPU.
 struct KvCopyParams {
   void* const* k_pages;      // [num_layers] base pointers
   void* const* v_pages;      // [num_layers]
   const int32_t* src_pages;  // [num_copies]
   const int32_t* dst_pages;  // [num_copies]
   int num_layers, num_copies;
-  size_t page_bytes;  // num_kv_heads * page_size * head_dim * element size
+  size_t page_bytes;                   // num_kv_heads * page_size * head_dim * element size
+  void* const* dst_k_pages = nullptr;  // [num_layers] the other pool, or null: the same pool
+  void* const* dst_v_pages = nullptr;  // [num_layers]
 };
 void kv_copy(const KvCopyParams&, const Execution&);
 
@@ -178,7 +209,8 @@ struct StepRows {
 
 // Expands the host's plan into rows, from the device-resident state. Writes StepRows and moves
 // statuses: a fed fresh position becomes cached (in block mode those of the current block stay
-// fresh: they are fed every step), a fed absent mask becomes present.
+// fresh: they are fed every step), a fed absent mask becomes present. A plan of more than max_rows
+// rows throws on the CPU; on CUDA the rows behind are lost, and counts tells.
 //   decode sequence, chunk: fresh positions and the first chunk_lengths[s] masks of the current
 //     block; with refresh[s] every position of a previous block that still has fresh ones. The
 //     caller keeps the window such that no absent mask precedes a known position.
@@ -199,6 +231,9 @@ struct BuildRowsParams {
   int num_seqs, max_rows, page_size, mask_token_id;
   bool prefill_causal;
   RowMode mode;
+  // Padding behind the real rows and logits rows up to `pad_rows_to` (at most max_rows), and empty
+  // sequences of page 0 up to `pad_seqs_to` (which StepRows has room for); 0 = none.
+  int pad_rows_to = 0, pad_seqs_to = 0;
 };
 void build_rows(const BuildRowsParams&, const Execution&);
 
@@ -221,7 +256,7 @@ struct Candidates {
 //   entropy_bounded:        by ascending entropy while the running sum stays <= entropy_bound, >= 1
 // Ties go to the lower position. Source: the SDAR generation script's rules (JetAstra/SDAR).
 struct UnmaskParams {
-  const void* logits;            // [num_logit_rows, vocab_size]
+  const void* logits;            // [num_logit_rows, logits_stride], of which vocab_size are read
   const int32_t* logit_slots;    // [num_logit_rows] rows of a slot are contiguous, ascending
   const int32_t* logit_offsets;  // [num_logit_rows]
   DecodeState state;
@@ -230,8 +265,16 @@ struct UnmaskParams {
   int32_t* num_masked;  // [num_slots] after the step: masks in the current block
   int num_logit_rows, vocab_size;
   RowMode mode;
-  DType dtype;  // of logits
+  DType dtype;            // of logits
+  int logits_stride = 0;  // 0 = vocab_size; larger when the vocabulary is padded
+  // When given, the real number of logits rows (build_rows' counts + 1), at most num_logit_rows:
+  // then a captured graph covers num_logit_rows rows and looks only at those.
+  const int32_t* num_logit_rows_device = nullptr;
+  void* workspace = nullptr;  // CUDA only: unmask_workspace_bytes, 16-byte aligned
+  size_t workspace_bytes = 0;
 };
 void unmask(const UnmaskParams&, const Execution&);
+// For up to num_logit_rows rows.
+size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size);
 
 }  // namespace optimus

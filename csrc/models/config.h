@@ -19,6 +19,9 @@ struct ModelConfig {
   bool tie_word_embeddings = false;
   int mask_token_id = -1;  // -1: the model has none and decodes only in ar mode
   DType dtype = DType::float32;
+  // Tokens that exist: rows of the embedding and the head behind them are padding, and their logits
+  // are never looked at. 0 = vocab_size.
+  int true_vocab_size = 0;
 };
 
 // Throws std::invalid_argument naming the field and its value.

@@ -23,6 +23,10 @@ class Linear {
   // Called once every row is loaded: moves to the final layout and drops the staging copy.
   void finish_loading();
 
+  // The weight in its final layout: packed as pack_gemm_weight does, or row-major [n, k].
+  const void* weight() const { return weight_.data(); }
+  bool is_packed() const { return !row_major_; }
+
   // x [rows, k] -> out [rows, n].
   void run(const void* x, void* out, int rows, const Execution& execution) const;
   size_t bytes() const { return staging_.size() + weight_.size(); }

@@ -91,7 +91,7 @@ class Model {
                  Activations& activations, const Execution& execution) const;
 
   ModelConfig config_;
-  Buffer<char> embedding_;   // [vocab_size, hidden]
+  Buffer<char> embedding_;   // [vocab_size, hidden]; empty when tied: rows come from lm_head_
   Buffer<char> final_norm_;  // [hidden]
   Linear lm_head_;
   Buffer<float> inv_freq_;  // [head_dim / 2]

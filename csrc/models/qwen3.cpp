@@ -54,6 +54,9 @@ void validate(const ModelConfig& c) {
   OPTIMUS_CHECK(c.mask_token_id >= -1 && c.mask_token_id < c.vocab_size,
                 "[model_config] mask_token_id must be below vocab_size ", c.vocab_size, ", got ",
                 c.mask_token_id);
+  OPTIMUS_CHECK(c.true_vocab_size >= 0 && c.true_vocab_size <= c.vocab_size,
+                "[model_config] true_vocab_size must be at most vocab_size ", c.vocab_size,
+                ", got ", c.true_vocab_size);
 }
 
 KvCache::KvCache(const ModelConfig& c, int num_pages_, int page_size_)
@@ -87,14 +90,17 @@ Model::Model(const ModelConfig& config) : config_(config) {
   const int q_size = c.num_q_heads * c.head_dim, kv_size = c.num_kv_heads * c.head_dim;
   auto vector_buffer = [&](int64_t n) { return Buffer<char>(n * dtype_size(c.dtype)); };
 
-  embedding_ = vector_buffer(int64_t(c.vocab_size) * c.hidden_size);
   final_norm_ = vector_buffer(c.hidden_size);
   lm_head_ = Linear(c.vocab_size, c.hidden_size, c.dtype);
-  expect("model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, {nullptr, 0, &embedding_});
-  expect("model.norm.weight", {c.hidden_size}, {nullptr, 0, &final_norm_});
-  if (!c.tie_word_embeddings) {
-    expect("lm_head.weight", {c.vocab_size, c.hidden_size}, {&lm_head_, 0, nullptr});
+  const std::vector<int64_t> table_shape = {c.vocab_size, c.hidden_size};
+  if (c.tie_word_embeddings) {
+    expect("model.embed_tokens.weight", table_shape, {&lm_head_, 0, nullptr});
+  } else {
+    embedding_ = vector_buffer(int64_t(c.vocab_size) * c.hidden_size);
+    expect("model.embed_tokens.weight", table_shape, {nullptr, 0, &embedding_});
+    expect("lm_head.weight", table_shape, {&lm_head_, 0, nullptr});
   }
+  expect("model.norm.weight", {c.hidden_size}, {nullptr, 0, &final_norm_});
   layers_.resize(c.num_layers);
   for (int i = 0; i < c.num_layers; ++i) {
     Layer& layer = layers_[i];
@@ -165,7 +171,6 @@ void Model::finish_loading() {
       missing += (missing.empty() ? "" : ", ") + name + " " + shape_text(shape);
   }
   OPTIMUS_CHECK(missing.empty(), "[finish_loading] missing tensors: ", missing);
-  if (config_.tie_word_embeddings) lm_head_.load_rows(0, config_.vocab_size, embedding_.data());
   lm_head_.finish_loading();
   for (Layer& layer : layers_) {
     for (Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
@@ -216,7 +221,9 @@ void Model::forward(const ForwardBatch& b, KvCache& kv, Activations& a, const Ex
               c.rms_norm_eps, c.dtype},
              e);
   };
-  embedding({embedding_.data(), b.token_ids, a.residual.data(), b.num_rows, c.hidden_size, c.dtype},
+  const bool tied = c.tie_word_embeddings;
+  embedding({tied ? lm_head_.weight() : embedding_.data(), b.token_ids, a.residual.data(),
+             b.num_rows, c.hidden_size, c.dtype, tied && lm_head_.is_packed()},
             e);
   norm(a.residual.data(), nullptr, layers_[0].input_norm);
   for (int i = 0; i < c.num_layers; ++i) {

@@ -18,6 +18,7 @@ class ModelConfig:
     rope_theta: float
     tie_word_embeddings: bool
     mask_token_id: int  # -1: none
+    true_vocab_size: int  # tokens that exist; 0: vocab_size
     dtype: str  # "float32" | "bfloat16": weights, activations and KV
     def __init__(self) -> None: ...
 

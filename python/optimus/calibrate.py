@@ -10,6 +10,7 @@ from pathlib import Path
 from .cache import model_hash
 from .calibration import Arm, Calibration
 from .evaluate import Task, generate_answers, is_correct
+from .grow import weights_sha256
 from .llm import LLM
 from .machine import git_commit, machine
 from .outputs import RequestOutput
@@ -83,8 +84,8 @@ def _begin(
     }  # fmt: skip
     checkpoint = llm.checkpoint
     new = Calibration(
-        model_hash(checkpoint.path), checkpoint.block_length or 1, arguments, machine(),
-        git_commit(), [], file,
+        model_hash(checkpoint.path), weights_sha256(checkpoint.path), checkpoint.block_length or 1,
+        arguments, machine(), git_commit(), [], file,
     )  # fmt: skip
     if fresh or not file.exists():
         return new

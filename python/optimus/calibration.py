@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache import cache_dir, model_hash, write_atomically
-from .config import Checkpoint
+from .config import DEMO_MODEL, Checkpoint
 
 if TYPE_CHECKING:
     from . import _C
@@ -78,9 +78,13 @@ class Arm:
 
 @dataclass
 class Calibration:
-    """Arms of one model. arguments: what else the results depend on. file: where it came from."""
+    """Arms of one model. arguments: what else the results depend on. file: where it came from.
+
+    weights_sha256: of the weights alone, by which models that were grown from them know them.
+    """
 
     model_hash: str
+    weights_sha256: str
     block_length: int
     arguments: dict[str, Any]
     machine: dict[str, Any]
@@ -115,6 +119,7 @@ class Calibration:
         """Plain values, for JSON."""
         return {
             "model_hash": self.model_hash,
+            "weights_sha256": self.weights_sha256,
             "block_length": self.block_length,
             "arguments": self.arguments,
             "machine": self.machine,
@@ -175,22 +180,39 @@ def cached_file(hash_of_model: str) -> Path:
 def load_calibration(checkpoint: Checkpoint) -> Calibration | None:
     """The model directory's calibration.json, else the one in the cache; None without one.
 
-    Files that are broken or of another model are skipped with a warning.
+    Files that are broken or of another model are skipped with a warning. A model that was grown
+    from the demo model (`optimus grow`) decodes as that one does, and takes its calibration.
     """
-    in_model = checkpoint.path / FILE_NAME
     ours = model_hash(checkpoint.path)
-    for file in (in_model, cached_file(ours)):
-        if not file.exists():
-            continue
-        try:
-            found = Calibration.load(file)
-        except ValueError as error:
-            _log.warning("ignored: %s", error)
+    for file in (checkpoint.path / FILE_NAME, cached_file(ours)):
+        found = _load_or_warn(file)
+        if found is None:
             continue
         if found.model_hash == ours and found.block_length == checkpoint.block_length:
             return found
         _log.warning("ignored: the calibration %s is of another model", file)
-    return None
+    if checkpoint.grown_from is None:
+        return None
+    found = _load_or_warn(DEMO_MODEL / FILE_NAME)
+    return found if found is not None and _is_parent(found, checkpoint) else None
+
+
+def _load_or_warn(file: Path) -> Calibration | None:
+    if not file.exists():
+        return None
+    try:
+        return Calibration.load(file)
+    except ValueError as error:
+        _log.warning("ignored: %s", error)
+        return None
+
+
+def _is_parent(calibration: Calibration, checkpoint: Checkpoint) -> bool:
+    origin = checkpoint.grown_from or {}
+    return (
+        origin.get("weights_sha256") == calibration.weights_sha256
+        and calibration.block_length == checkpoint.block_length
+    )
 
 
 class CalibrationSource:
@@ -206,7 +228,8 @@ class CalibrationSource:
         self._found: Calibration | None = None
         if given is not None and given != "auto":
             self._found, self._looked = Calibration.load(given), True
-            if self._found.model_hash != model_hash(checkpoint.path):
+            ours = model_hash(checkpoint.path)
+            if self._found.model_hash != ours and not _is_parent(self._found, checkpoint):
                 raise ValueError(f"[calibration] {given} is of another model")
 
     def find(self) -> Calibration | None:

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from .cli_bench import bench_app
 from .cli_calibrate import register as register_calibrate
+from .cli_grow import grow_command
 from .cli_options import (
     AsJson,
     BlockLength,
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command()(simulate)
 register_calibrate(app)
+app.command(name="grow")(grow_command)
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -215,7 +217,8 @@ def evaluate_command(
             "mode": mode, "chunk_length": chunk_length, "kv_policy": llm.options.kv_policy,
             "threshold": threshold, "concurrency": concurrency, "num_prompts": len(task_list),
         }  # fmt: skip
-        print_json({"arguments": arguments, **result.to_dict()})
+        grown_from = llm.checkpoint.grown_from
+        print_json({"grown_from": grown_from, "arguments": arguments, **result.to_dict()})
         return
     _out.print(display.eval_table(result, f"exact match, mode {mode}"))
     _out.print(display.eval_line(result))

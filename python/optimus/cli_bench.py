@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -126,6 +127,7 @@ def offline(
         "kind": "offline",
         "machine": machine(),
         "commit": git_commit(),
+        "grown_from": llm.checkpoint.grown_from,
         "arguments": arguments | {"kv_policy": llm.options.kv_policy},
         "latency_profile": llm.latency_profile and profile_to_dict(llm.latency_profile),
         "rows": [row.to_dict() for row in rows],
@@ -139,3 +141,23 @@ def offline(
             _out.print(display.comparison_table(comparisons))
         for text in log.explanations:
             _out.print(text, markup=False)
+
+
+@bench_app.command()
+def figures(
+    reports: Annotated[list[Path], typer.Argument(help="JSON of bench offline or serving.")],
+    output: Annotated[Path, typer.Option(help="Directory of the PNG and SVG files.")],
+) -> None:
+    """Draw reports (needs the extra "bench"). Several reports: their names come first in files."""
+    try:
+        from .figures import draw_report, load_report
+    except ImportError as error:
+        raise RuntimeError(
+            f"[cli] figures need matplotlib: install optimus-dllm[bench] ({error})"
+        ) from None
+
+    loaded = [(path, load_report(path)) for path in reports]
+    for path, report in loaded:
+        prefix = f"{path.stem}_" if len(loaded) > 1 else ""
+        for file in draw_report(report, output, prefix):
+            _out.print(str(file), markup=False)

@@ -59,6 +59,8 @@ class Checkpoint:
     mask_token_id_source: str
     eos_token_ids: tuple[int, ...]
     generation: GenerationDefaults
+    true_vocab_size: int  # rows of embedding and head behind it are padding, never generated
+    grown_from: dict[str, Any] | None  # set by `optimus grow`: name and hash of the parent, seed
 
     def check_diffusion(self, decode_mode: str) -> None:
         """Raises ValueError unless block length and mask token are known, for `decode_mode`."""
@@ -110,6 +112,7 @@ class Checkpoint:
         config.tie_word_embeddings = self.tie_word_embeddings
         config.mask_token_id = -1 if self.mask_token_id is None else self.mask_token_id
         config.dtype = dtype
+        config.true_vocab_size = self.true_vocab_size
         return config
 
 
@@ -141,6 +144,8 @@ def load_checkpoint(
     head_dim, vocab_size = fields.size("head_dim"), fields.size("vocab_size")
     if head_dim % 2:
         raise ValueError(f"[config] {path}: head_dim must be even, got {head_dim}")
+    true_vocab_size = config.get("true_vocab_size", vocab_size)
+    _check_range(path, "true_vocab_size", true_vocab_size, 1, vocab_size + 1)
     block, block_source = _find(block_length, _BLOCK_LENGTH_KEYS, config, generation)
     mask, mask_source = _find(mask_token_id, ("mask_token_id",), config, generation)
     _check_range(path, "block_length", block, 1, fields.size("max_position_embeddings") + 1)
@@ -166,6 +171,8 @@ def load_checkpoint(
         mask_token_id_source=mask_source,
         eos_token_ids=_eos_token_ids(path, config, generation),
         generation=_generation_defaults(path, generation),
+        true_vocab_size=true_vocab_size,
+        grown_from=config.get("grown_from"),
     )
 
 

@@ -112,17 +112,17 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 
 def serving_table(rows: Sequence[ServingRow], has_slo: bool) -> Table:
     """Fits 80 columns. Milliseconds to the first token and per further one, 50th and 99th
-    percentile; share of requests that met the SLO."""
+    percentile; percent of requests that finished and that met the SLO; exact match, percent."""
     columns = ["rate", "tok/s", "TTFT", "p99", "TPOT", "p99", "done", "SLO", "match"]
     table = _table("serving, requests per second; ms at p50 and p99", ["mode"], columns)
     for i, row in enumerate(rows):
         found, times = row.summary, []
         for pair in (found.ttft_ms, found.tpot_ms):
-            times += ["-" if t is None else f"{t:.4g}" for t in (pair.p50, pair.p99)]
+            times += ["-" if t is None else _short(t) for t in (pair.p50, pair.p99)]
         table.add_row(
             row.mode, f"{row.rate:.4g}", f"{found.tokens_per_second:.0f}", *times,
-            f"{100 * found.num_finished / found.num_requests:.0f}%",
-            f"{_percent(found.attainment)}%" if has_slo else "-",
+            f"{100 * found.num_finished / found.num_requests:.0f}",
+            _percent(found.attainment) if has_slo else "-",
             "-" if row.accuracy is None else _percent(row.accuracy.accuracy),
             end_section=i + 1 < len(rows) and rows[i + 1].rate != row.rate,
         )  # fmt: skip
@@ -166,6 +166,11 @@ def format_bytes(count: int) -> str:
         value /= 1024
         units.pop(0)
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _short(value: float) -> str:
+    """Three digits, more only before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _percent(share: float) -> str:

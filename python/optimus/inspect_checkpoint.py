@@ -47,10 +47,19 @@ def _describe_model(checkpoint: Checkpoint, found: Inspection) -> None:
         "layers": c.num_layers,
         "hidden / intermediate": f"{c.hidden_size} / {c.intermediate_size}",
         "heads": f"{c.num_q_heads} query, {c.num_kv_heads} key/value, {c.head_dim} wide",
-        "vocabulary": f"{c.vocab_size}, embeddings {'tied' if c.tie_word_embeddings else 'untied'}",
+        "vocabulary": c.vocab_size,
+        "embeddings": "tied" if c.tie_word_embeddings else "untied",
         "positions": f"{c.max_position_embeddings}, rope theta {c.rope_theta:g}",
         "rms norm eps": f"{c.rms_norm_eps:g}",
     }
+    if c.true_vocab_size != c.vocab_size:
+        found.facts["vocabulary"] = f"{c.true_vocab_size}, padded to {c.vocab_size}"
+    if c.grown_from is not None:
+        origin = c.grown_from
+        found.facts["grown from"] = (
+            f"{origin.get('name')} to {origin.get('to')}, seed {origin.get('seed')}, parent's "
+            f"weights sha256 {origin.get('weights_sha256')}"
+        )
 
 
 def _describe_decoding(checkpoint: Checkpoint, found: Inspection) -> None:

@@ -249,4 +249,7 @@ void block_attention(const BlockAttentionParams& params, ThreadPool& threads) {
   });
 }
 
+// Threads draw tasks as they go: nothing to plan.
+void block_attention_schedule(const BlockAttentionParams&, ThreadPool&) {}
+
 }  // namespace optimus::cpu

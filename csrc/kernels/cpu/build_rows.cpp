@@ -109,6 +109,31 @@ void build_current_block(RowWriter& writer, int seq, int slot, int32_t* tokens, 
   }
 }
 
+// Rows of no sequence, and sequences of no rows, for the buckets of a captured graph.
+void add_padding(const BuildRowsParams& p, int rows, int logit_rows) {
+  if (p.pad_rows_to > 0) {
+    OPTIMUS_CHECK(rows <= p.pad_rows_to && p.pad_rows_to <= p.max_rows,
+                  "[build_rows] pad_rows_to must be in ", rows, " (rows)..", p.max_rows,
+                  " (max_rows), got ", p.pad_rows_to);
+  }
+  for (int i = rows; i < p.pad_rows_to; ++i) {
+    p.rows.token_ids[i] = 0;
+    p.rows.positions[i] = 0;
+    p.rows.kv_limits[i] = 1;
+    p.rows.kv_slots[i] = -1;
+  }
+  for (int i = logit_rows; i < p.pad_rows_to; ++i) {
+    p.rows.logit_rows[i] = 0;
+    p.rows.logit_slots[i] = -1;
+    p.rows.logit_offsets[i] = 0;
+  }
+  const int stride = p.state.page_table_stride;
+  for (int seq = p.num_seqs; seq < p.pad_seqs_to; ++seq) {
+    p.rows.cu_seqlens_q[seq + 1] = rows;
+    std::fill_n(p.rows.page_table + int64_t(seq) * stride, stride, 0);
+  }
+}
+
 }  // namespace
 
 void build_rows(const BuildRowsParams& p, ThreadPool&) {
@@ -132,6 +157,7 @@ void build_rows(const BuildRowsParams& p, ThreadPool&) {
                 p.state.page_table + int64_t(slot) * p.state.page_table_stride,
                 sizeof(int32_t) * p.state.page_table_stride);
   }
+  add_padding(p, writer.rows, writer.logit_rows);
   p.rows.counts[0] = writer.rows;
   p.rows.counts[1] = writer.logit_rows;
 }

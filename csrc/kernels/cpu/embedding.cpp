@@ -1,4 +1,4 @@
-// Gathers rows of the embedding table.
+// Gathers rows of the embedding table, or columns of the panels of a tied head.
 #include <cstring>
 
 #include "kernels/cpu/kernels.h"
@@ -7,6 +7,18 @@ namespace optimus::cpu {
 namespace {
 
 constexpr int64_t kMinBytesPerThread = 64 * 1024;
+
+// Element i of token t is packed[t / kGemmPanel][i][t % kGemmPanel].
+template <class T>
+void gather_packed(const EmbeddingParams& params, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const size_t token = params.token_ids[row];
+    const T* column = static_cast<const T*>(params.table) +
+                      token / kGemmPanel * kGemmPanel * params.hidden + token % kGemmPanel;
+    T* out = static_cast<T*>(params.out) + row * params.hidden;
+    for (int i = 0; i < params.hidden; ++i) out[i] = column[size_t(i) * kGemmPanel];
+  }
+}
 
 }  // namespace
 
@@ -26,6 +38,12 @@ void embedding(const EmbeddingParams& params, ThreadPool& threads) {
   char* out = static_cast<char*>(params.out);
   threads.parallel_for(
       params.rows, 1 + kMinBytesPerThread / row_bytes, [&](int64_t begin, int64_t end) {
+        if (params.packed) {
+          dispatch_dtype(params.dtype, [&](auto element) {
+            gather_packed<decltype(element)>(params, begin, end);
+          });
+          return;
+        }
         for (int64_t i = begin; i < end; ++i) {
           std::memcpy(out + i * row_bytes, table + params.token_ids[i] * row_bytes, row_bytes);
         }

@@ -11,6 +11,7 @@ void silu_mul(const SiluMulParams&, ThreadPool&);
 void gemm(const GemmParams&, ThreadPool&);
 void qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, ThreadPool&);
 void block_attention(const BlockAttentionParams&, ThreadPool&);
+void block_attention_schedule(const BlockAttentionParams&, ThreadPool&);
 void kv_copy(const KvCopyParams&, ThreadPool&);
 void build_rows(const BuildRowsParams&, ThreadPool&);
 void unmask(const UnmaskParams&, ThreadPool&);

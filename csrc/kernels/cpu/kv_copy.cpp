@@ -1,4 +1,4 @@
-// Copies whole KV pages inside one pool, for every layer: copy-on-write of shared pages.
+// Copies whole KV pages, for every layer: copy-on-write of shared pages, preemption.
 #include <cstring>
 
 #include "kernels/cpu/kernels.h"
@@ -16,9 +16,12 @@ void check(const KvCopyParams& params) {
   OPTIMUS_CHECK(params.k_pages != nullptr && params.v_pages != nullptr &&
                     params.src_pages != nullptr && params.dst_pages != nullptr,
                 "[kv_copy] null pointer for k_pages, v_pages, src_pages or dst_pages");
+  OPTIMUS_CHECK((params.dst_k_pages == nullptr) == (params.dst_v_pages == nullptr),
+                "[kv_copy] dst_k_pages and dst_v_pages must both be given or both be null");
+  const bool same_pool = params.dst_k_pages == nullptr;
   for (int i = 0; i < params.num_copies; ++i) {
     int src = params.src_pages[i], dst = params.dst_pages[i];
-    OPTIMUS_CHECK(src >= 0 && dst >= 0 && src != dst, "[kv_copy] copy ", i,
+    OPTIMUS_CHECK(src >= 0 && dst >= 0 && !(same_pool && src == dst), "[kv_copy] copy ", i,
                   " needs two different pages >= 0, got ", src, " to ", dst);
   }
 }
@@ -35,10 +38,13 @@ void kv_copy(const KvCopyParams& params, ThreadPool& threads) {
       int64_t layer = i / params.num_copies, copy = i % params.num_copies;
       size_t src = params.src_pages[copy] * params.page_bytes;
       size_t dst = params.dst_pages[copy] * params.page_bytes;
-      for (void* pages : {params.k_pages[layer], params.v_pages[layer]}) {
-        char* base = static_cast<char*>(pages);
-        std::memcpy(base + dst, base + src, params.page_bytes);
-      }
+      auto copy_page = [&](void* const* from, void* const* to) {
+        std::memcpy(static_cast<char*>(to[layer]) + dst,
+                    static_cast<const char*>(from[layer]) + src, params.page_bytes);
+      };
+      bool same_pool = params.dst_k_pages == nullptr;
+      copy_page(params.k_pages, same_pool ? params.k_pages : params.dst_k_pages);
+      copy_page(params.v_pages, same_pool ? params.v_pages : params.dst_v_pages);
     }
   });
 }

@@ -34,9 +34,8 @@ void check(const QkNormRopeKvWriteParams& params) {
                 "[qk_norm_rope_kv_write] null pointer for qkv, inv_freq, positions, kv_slots, q, "
                 "k_pages or v_pages");
   for (int i = 0; i < params.rows; ++i) {
-    OPTIMUS_CHECK(params.kv_slots[i] >= 0 && params.positions[i] >= 0,
-                  "[qk_norm_rope_kv_write] row ", i, " needs kv_slot and position >= 0, got ",
-                  params.kv_slots[i], " and ", params.positions[i]);
+    OPTIMUS_CHECK(params.positions[i] >= 0, "[qk_norm_rope_kv_write] row ", i,
+                  " needs a position >= 0, got ", params.positions[i]);
   }
 }
 
@@ -77,6 +76,7 @@ void run_row(const QkNormRopeKvWriteParams& params, int64_t row) {
   for (int h = 0; h < num_q; ++h, in += head_dim, q += head_dim) {
     norm_and_rotate(params, rotation, params.q_norm_weight, in, q);
   }
+  if (params.kv_slots[row] < 0) return;  // padding
   const size_t page = params.kv_slots[row] / params.page_size;
   const size_t entry = params.kv_slots[row] % params.page_size;
   for (int h = 0; h < num_kv; ++h, in += head_dim) {

@@ -69,7 +69,8 @@ int sample_token(const T* logits, int vocab_size, float scale, float floor, uint
 template <class T>
 void find_candidate(const UnmaskParams& p, int i, std::vector<float>& scratch) {
   const DecodeState& state = p.state;
-  const T* logits = static_cast<const T*>(p.logits) + int64_t(i) * p.vocab_size;
+  const int stride = p.logits_stride > 0 ? p.logits_stride : p.vocab_size;
+  const T* logits = static_cast<const T*>(p.logits) + int64_t(i) * stride;
   int slot = p.logit_slots[i];
   const SimdKernels<T>& simd = simd_kernels<T>();
   SoftmaxSums plain = simd.softmax_sums(logits, p.vocab_size, 1.0f);
@@ -174,13 +175,24 @@ void update_window(const UnmaskParams& p, int begin, int end) {
   p.num_masked[slot] = count(block_length, 2 * block_length, is_masked);
 }
 
+int count_rows(const UnmaskParams& p) {
+  int num_rows = p.num_logit_rows;
+  if (p.num_logit_rows_device != nullptr) num_rows = std::min(num_rows, *p.num_logit_rows_device);
+  while (num_rows > 0 && p.logit_slots[num_rows - 1] < 0) --num_rows;  // padding
+  return num_rows;
+}
+
 }  // namespace
 
 void unmask(const UnmaskParams& p, ThreadPool& threads) {
   OPTIMUS_CHECK(p.vocab_size > 0, "[unmask] vocab_size must be positive, got ", p.vocab_size);
+  OPTIMUS_CHECK(p.logits_stride == 0 || p.logits_stride >= p.vocab_size,
+                "[unmask] logits_stride must be 0 or at least vocab_size ", p.vocab_size, ", got ",
+                p.logits_stride);
+  const int num_rows = count_rows(p);
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    threads.parallel_for(p.num_logit_rows, 4, [&](int64_t begin, int64_t end) {
+    threads.parallel_for(num_rows, 4, [&](int64_t begin, int64_t end) {
       static thread_local std::vector<float> scratch;
       for (int64_t i = begin; i < end; ++i) find_candidate<T>(p, static_cast<int>(i), scratch);
     });
@@ -189,10 +201,11 @@ void unmask(const UnmaskParams& p, ThreadPool& threads) {
 }
 
 void commit_candidates(const UnmaskParams& p) {
+  const int num_rows = count_rows(p);
   static thread_local std::vector<int> order;
-  for (int begin = 0; begin < p.num_logit_rows;) {
+  for (int begin = 0; begin < num_rows;) {
     int end = begin + 1;
-    while (end < p.num_logit_rows && p.logit_slots[end] == p.logit_slots[begin]) ++end;
+    while (end < num_rows && p.logit_slots[end] == p.logit_slots[begin]) ++end;
     apply_strategy(p, begin, end, order);
     update_window(p, begin, end);
     begin = end;

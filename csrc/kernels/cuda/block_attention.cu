@@ -1,14 +1,11 @@
 // Host side of block attention: argument checks, the workspace's layout, tensor maps, launches.
-#include "kernels/cuda/block_attention.h"
-
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "kernels/cuda/block_attention_combine.cuh"
 #include "kernels/cuda/block_attention_kernel.cuh"
-#include "kernels/cuda/block_attention_launch.cuh"
 #include "kernels/cuda/block_attention_schedule.cuh"
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda {
 namespace attention {
@@ -32,9 +29,10 @@ void check_shape(const BlockAttentionParams& params) {
 void check_step(const BlockAttentionParams& params) {
   check_shape(params);
   OPTIMUS_CHECK(params.workspace != nullptr, "[block_attention] workspace must not be null");
-  OPTIMUS_CHECK(params.workspace_bytes >= block_attention_workspace_bytes(params),
-                "[block_attention] workspace_bytes must be >= ",
-                block_attention_workspace_bytes(params), ", got ", params.workspace_bytes);
+  size_t needed = block_attention_workspace_bytes(params);
+  OPTIMUS_CHECK(params.workspace_bytes >= needed,
+                "[block_attention] workspace_bytes must be >= ", needed, ", got ",
+                params.workspace_bytes);
   OPTIMUS_CHECK(params.cu_seqlens_q != nullptr && params.kv_limits != nullptr,
                 "[block_attention] null pointer for cu_seqlens_q or kv_limits");
 }
@@ -54,7 +52,7 @@ void check_layer(const BlockAttentionParams& params) {
 Workspace layout_workspace(const BlockAttentionParams& params) {
   Workspace ws = {};
   int packed_rows = params.max_rows * (params.num_q_heads / params.num_kv_heads);
-  ws.num_shares = device_attribute(cudaDevAttrMultiProcessorCount);
+  ws.num_shares = device_properties().num_sms;
   ws.max_items = params.num_seqs + packed_rows / kMaxPackedRows;
   ws.partial_rows = std::min(kMaxPackedRows, (packed_rows + 15) / 16 * 16);
   char* base = static_cast<char*>(params.workspace);
@@ -70,9 +68,16 @@ Workspace layout_workspace(const BlockAttentionParams& params) {
   ws.items = reinterpret_cast<Item*>(take(sizeof(Item) * ws.max_items));
   ws.tile_offsets = reinterpret_cast<int*>(take(sizeof(int) * ws.max_items));
   ws.partial_ml = reinterpret_cast<float2*>(take(sizeof(float2) * partial_rows));
-  ws.partial_out =
-      reinterpret_cast<float*>(take(sizeof(float) * partial_rows * params.head_dim));
+  ws.partial_out = reinterpret_cast<float*>(take(sizeof(float) * partial_rows * params.head_dim));
   return ws;
+}
+
+// Whether the code loaded for `kernel` was compiled for sm_90 or later, and so copies in bulk.
+template <class Kernel>
+bool copies_in_bulk(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  OPTIMUS_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
 }
 
 // K or V pages as rows of head_dim elements; a box is 64 columns by the keys of a tile that share a
@@ -82,9 +87,8 @@ CUtensorMap make_tensor_map(const void* pages, int head_dim, int page_size) {
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                cudaEnableDefault, &found),
-               "cuTensorMapEncodeTiled");
+    OPTIMUS_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                        cudaEnableDefault, &found));
     return reinterpret_cast<Encode>(function);
   }();
   CUtensorMap map;
@@ -92,29 +96,32 @@ CUtensorMap make_tensor_map(const void* pages, int head_dim, int page_size) {
   cuuint64_t strides[1] = {static_cast<cuuint64_t>(head_dim) * 2};
   cuuint32_t box[2] = {64, static_cast<cuuint32_t>(std::min(page_size, kTileKeys))};
   cuuint32_t element_strides[2] = {1, 1};
-  CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(pages),
-                           sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult status =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(pages), sizes, strides,
+             box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   OPTIMUS_CHECK(status == CUDA_SUCCESS, "[block_attention] cuTensorMapEncodeTiled failed with ",
                 static_cast<int>(status), " (k_pages and v_pages must be 16-byte aligned)");
   return map;
 }
 
 template <int kHeadDim>
-void launch_attention(const BlockAttentionParams& params, const Workspace& ws, void* stream) {
+void launch_attention(const BlockAttentionParams& params, const Workspace& ws,
+                      cudaStream_t stream) {
   using Layout = SharedLayout<kHeadDim>;
   auto* kernel = attention_kernel<kHeadDim>;
-  int available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  int num_slots = std::min(kMaxSlots, (available - Layout::bytes(0)) / (2 * tile_bytes<kHeadDim>()));
+  int device = 0, available = 0;
+  OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
+  OPTIMUS_CUDA_CHECK(
+      cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int num_slots = std::min(kMaxSlots, (available - Layout::bytes(0)) / (2 * kTileBytes<kHeadDim>));
   OPTIMUS_CHECK(num_slots >= 1, "[block_attention] needs ", Layout::bytes(1),
                 " bytes of shared memory per block, this GPU has ", available);
   int shared_bytes = Layout::bytes(num_slots);
-  check_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-      "cudaFuncSetAttribute");
+  OPTIMUS_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   CUtensorMap k_map = {}, v_map = {};
-  if (is_sm90_code(kernel)) {
+  if (copies_in_bulk(kernel)) {
     k_map = make_tensor_map(params.k_pages, kHeadDim, params.page_size);
     v_map = make_tensor_map(params.v_pages, kHeadDim, params.page_size);
   }
@@ -134,7 +141,8 @@ void launch_attention(const BlockAttentionParams& params, const Workspace& ws, v
                         num_slots,
                         params.scale * 1.44269504f,
                         ws};
-  launch_dependent(kernel, ws.num_shares, kThreads, shared_bytes, stream, args, k_map, v_map);
+  launch(kernel, {dim3(ws.num_shares), dim3(kThreads), 1, static_cast<size_t>(shared_bytes)},
+         stream, args, k_map, v_map);
 }
 
 }  // namespace
@@ -145,13 +153,13 @@ size_t block_attention_workspace_bytes(const BlockAttentionParams& params) {
   return attention::layout_workspace(params).bytes;
 }
 
-void block_attention_schedule(const BlockAttentionParams& params, void* stream) {
+void block_attention_schedule(const BlockAttentionParams& params, cudaStream_t stream) {
   if (params.num_seqs == 0 || params.max_rows == 0) return;
   attention::check_step(params);
   attention::launch_schedule(params, attention::layout_workspace(params), stream);
 }
 
-void block_attention(const BlockAttentionParams& params, void* stream) {
+void block_attention(const BlockAttentionParams& params, cudaStream_t stream) {
   if (params.num_seqs == 0 || params.max_rows == 0) return;
   attention::check_layer(params);
   attention::Workspace ws = attention::layout_workspace(params);

@@ -1,4 +1,4 @@
-// Block attention on CUDA: the entry points, and the workspace its three kernels share.
+// The workspace the three kernels of block attention share, and the words they use.
 //
 //   block_attention_schedule   reads cu_seqlens_q and kv_limits on the device and cuts the step's work
 //                              into equal shares, one per CTA. Once per step, for all layers.
@@ -13,18 +13,12 @@
 // share (partial slot 1); all pieces in between are whole and go straight to the output.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/ops.h"
-
-namespace optimus::cuda {
-
-size_t block_attention_workspace_bytes(const BlockAttentionParams&);
-void block_attention_schedule(const BlockAttentionParams&, void* stream);
-void block_attention(const BlockAttentionParams&, void* stream);
-
-namespace attention {
+namespace optimus::cuda::attention {
 
 constexpr int kTileKeys = 64;
 constexpr int kMaxPackedRows = 128;
@@ -69,5 +63,4 @@ struct Workspace {
   size_t bytes;
 };
 
-}  // namespace attention
-}  // namespace optimus::cuda
+}  // namespace optimus::cuda::attention

@@ -5,8 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include "kernels/cuda/block_attention_launch.cuh"
 #include "kernels/cuda/block_attention_ptx.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda::attention {
 namespace {
@@ -62,8 +62,7 @@ __device__ void combine_row(const CombineArgs& args, const Merge& merge, int pac
   packed += item.packed_begin;
   size_t head = static_cast<size_t>(item.row_begin + packed / args.group) * args.num_q_heads +
                 merge.head * args.group + packed % args.group;
-  uint32_t* to =
-      reinterpret_cast<uint32_t*>(args.out + head * kHeadDim + lane * kPerLane);
+  uint32_t* to = reinterpret_cast<uint32_t*>(args.out + head * kHeadDim + lane * kPerLane);
 #pragma unroll
   for (int j = 0; j < kPerLane / 2; ++j) {
     to[j] = ptx::pack_bf16(total[2 * j] / sum, total[2 * j + 1] / sum);
@@ -72,8 +71,7 @@ __device__ void combine_row(const CombineArgs& args, const Merge& merge, int pac
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads) combine_kernel(CombineArgs args) {
-  ptx::wait_for_dependencies();
-  ptx::launch_dependents();
+  wait_for_previous_kernel();
   const Header header = *args.ws.header;
   int num_warps = gridDim.x * (kThreads / 32), lane = threadIdx.x % 32;
   int warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
@@ -88,11 +86,11 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineArgs args) {
 
 }  // namespace
 
-void launch_combine(const BlockAttentionParams& params, const Workspace& ws, void* stream) {
+void launch_combine(const BlockAttentionParams& params, const Workspace& ws, cudaStream_t stream) {
   CombineArgs args = {static_cast<__nv_bfloat16*>(params.out), params.num_q_heads,
                       params.num_q_heads / params.num_kv_heads, ws};
   auto* kernel = params.head_dim == 128 ? combine_kernel<128> : combine_kernel<64>;
-  launch_dependent(kernel, ws.num_shares * kCtasPerSm, kThreads, 0, stream, args);
+  launch(kernel, {dim3(ws.num_shares * kCtasPerSm), dim3(kThreads)}, stream, args);
 }
 
 }  // namespace optimus::cuda::attention

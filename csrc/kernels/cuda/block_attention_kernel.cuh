@@ -16,11 +16,12 @@
 
 #include "kernels/cuda/block_attention.h"
 #include "kernels/cuda/block_attention_ptx.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda::attention {
 
 constexpr int kConsumerWarps = 8;
-constexpr int kThreads = (kConsumerWarps + 1) * 32;
+constexpr int kThreads = (kConsumerWarps + 4) * 32;  // whole warpgroups; one producer warp works
 constexpr int kMaxSlots = 10;
 constexpr int kConsumerBarrier = 1;
 
@@ -39,9 +40,7 @@ struct AttentionArgs {
 };
 
 template <int kHeadDim>
-constexpr int tile_bytes() {
-  return kTileKeys * kHeadDim * 2;
-}
+constexpr int kTileBytes = kTileKeys * kHeadDim * 2;  // of K or of V
 
 // Shared memory: slots (K then V each), the copies' sums, (max, sum) of each copy's rows, barriers.
 template <int kHeadDim>
@@ -52,7 +51,7 @@ struct SharedLayout {
   static constexpr int kAlignment = 1024;  // of the swizzle pattern
 
   static int bytes(int num_slots) {
-    return kAlignment + num_slots * 2 * tile_bytes<kHeadDim>() + kSums + kMaxSum + kBarriers;
+    return kAlignment + num_slots * 2 * kTileBytes<kHeadDim> + kSums + kMaxSum + kBarriers;
   }
 };
 
@@ -106,7 +105,6 @@ struct Piece {
 
 // ---------------------------------------------------------------------------------------- producer
 
-
 template <int kHeadDim>
 struct Producer {
   const AttentionArgs& args;
@@ -143,7 +141,7 @@ struct Producer {
   }
 
   __device__ uint32_t slot_address(int slot, int is_v) const {
-    return ring.data + (2 * slot + is_v) * tile_bytes<kHeadDim>();
+    return ring.data + (2 * slot + is_v) * kTileBytes<kHeadDim>;
   }
 
 #if defined(OPTIMUS_SM90)
@@ -180,10 +178,10 @@ struct Producer {
       int from_key = key + min(row, keys - 1);
       int from_page = __shfl_sync(~0u, page, ((from_key >> args.page_shift) - first_page) & 31);
       int entry = from_key & ((1 << args.page_shift) - 1);
-      size_t from = ((static_cast<size_t>(from_page) * args.num_kv_heads + head)
-                     << args.page_shift) + entry;
-      uint32_t address = to + chunk / 8 * (kTileKeys * 128) + row * 128 +
-                         ((chunk % 8) ^ (row % 8)) * 16;
+      size_t from =
+          ((static_cast<size_t>(from_page) * args.num_kv_heads + head) << args.page_shift) + entry;
+      uint32_t address =
+          to + chunk / 8 * (kTileKeys * 128) + row * 128 + ((chunk % 8) ^ (row % 8)) * 16;
       ptx::copy_16(address, pages + from * kHeadDim + chunk * 8, row < keys);
     }
     ptx::copies_arrive(barrier);
@@ -348,8 +346,8 @@ __device__ __forceinline__ void accumulate(WarpState<kHeadDim>& state,
     for (int i = 0; i < kHeadDim / 16; ++i) {
       int chunk = i % 4 * 2 + chunk_bit;
       uint32_t b[4];
-      ptx::load_matrix_transposed_x4(b, base + step * 16 * 128 + i / 4 * (kTileKeys * 128) +
-                                            (chunk ^ (row % 8)) * 16);
+      ptx::load_matrix_transposed_x4(
+          b, base + step * 16 * 128 + i / 4 * (kTileKeys * 128) + (chunk ^ (row % 8)) * 16);
       if (kMasked) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) b[j] &= keep[j % 2];
@@ -364,8 +362,8 @@ template <int kHeadDim>
 struct Consumer {
   const AttentionArgs& args;
   Ring ring;
-  float* sums;     // [warp][16][head_dim], 8-float group g of row r at g ^ (r % 8)
-  float2* max_sum; // [warp][16]
+  float* sums;      // [warp][16][head_dim], 8-float group g of row r at g ^ (r % 8)
+  float2* max_sum;  // [warp][16]
   int warp, lane;
 
   __device__ void run(const Share& share) {
@@ -395,9 +393,13 @@ struct Consumer {
     for (int tile = piece.first_tile; tile < piece.end_tile; ++tile) {
       if (turn++ % num_teams == team) {
         run_tile<kKeys>(state, piece, tile * kTileKeys, first_row, at);
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(ring.released(at.slot), num_teams);
+      } else {
+        // Following every phase keeps a warp from taking a slot's next fill for this one.
+        ptx::barrier_wait(ring.k_full(at.slot), at.phase);
+        ptx::barrier_wait(ring.v_full(at.slot), at.phase);
       }
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(ring.released(at.slot));
       at.advance(args.num_slots);
     }
     finish_piece(state, piece, layout.row_warps);
@@ -406,8 +408,8 @@ struct Consumer {
   template <int kKeys>
   __device__ __forceinline__ void run_tile(WarpState<kHeadDim>& state, const Piece& piece,
                                            int tile_key, int first_row, RingPosition at) {
-    uint32_t k = ring.data + 2 * at.slot * tile_bytes<kHeadDim>();
-    uint32_t v = k + tile_bytes<kHeadDim>();
+    uint32_t k = ring.data + 2 * at.slot * kTileBytes<kHeadDim>;
+    uint32_t v = k + kTileBytes<kHeadDim>;
     float scores[kKeys / 8][4];
     ptx::barrier_wait(ring.k_full(at.slot), at.phase);
     score<kHeadDim, kKeys>(state, scores, k, first_row, lane);
@@ -478,8 +480,8 @@ struct Consumer {
       int at = (c * row_warps + row_warp) * 16 + row;
       float2 ms = max_sum[at];
       float factor = ptx::exp2_approx(ms.x - base);
-      float4 part = *reinterpret_cast<const float4*>(
-          sums + at * kHeadDim + ((column / 8) ^ (row % 8)) * 8 + column % 8);
+      float4 part = *reinterpret_cast<const float4*>(sums + at * kHeadDim +
+                                                     ((column / 8) ^ (row % 8)) * 8 + column % 8);
       sum += factor * ms.y;
       total.x += factor * part.x;
       total.y += factor * part.y;
@@ -499,8 +501,9 @@ struct Consumer {
   __device__ __forceinline__ void store_out(const Piece& piece, int packed, int column,
                                             float4 total, float factor) {
     packed += piece.item.packed_begin;
-    size_t head = static_cast<size_t>(piece.item.row_begin + packed / args.group) *
-                      args.num_q_heads + piece.head * args.group + packed % args.group;
+    size_t head =
+        static_cast<size_t>(piece.item.row_begin + packed / args.group) * args.num_q_heads +
+        piece.head * args.group + packed % args.group;
     *reinterpret_cast<uint2*>(args.out + head * kHeadDim + column) = {
         ptx::pack_bf16(total.x * factor, total.y * factor),
         ptx::pack_bf16(total.z * factor, total.w * factor)};
@@ -517,7 +520,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ unsigned char raw[];
   uint32_t raw_address = ptx::shared_address(raw);
   uint32_t padding = -raw_address % Layout::kAlignment;
-  unsigned char* after_slots = raw + padding + args.num_slots * 2 * tile_bytes<kHeadDim>();
+  unsigned char* after_slots = raw + padding + args.num_slots * 2 * kTileBytes<kHeadDim>;
   float* sums = reinterpret_cast<float*>(after_slots);
   float2* max_sum = reinterpret_cast<float2*>(after_slots + Layout::kSums);
   Ring ring = {raw_address + padding,
@@ -540,13 +543,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::barrier_fence_init();
   }
   __syncthreads();
-  ptx::wait_for_dependencies();
-  ptx::launch_dependents();
+  wait_for_previous_kernel();
 
-  const Share share = args.ws.shares[blockIdx.x];
-  if (warp == kConsumerWarps) {
-    Producer<kHeadDim>{args, &k_map, &v_map, ring, lane}.run(share);
+  if (warp >= kConsumerWarps) {
+    ptx::lower_registers<24>();
+    if (warp == kConsumerWarps) {
+      const Share share = args.ws.shares[blockIdx.x];
+      Producer<kHeadDim>{args, &k_map, &v_map, ring, lane}.run(share);
+    }
   } else {
+    ptx::raise_registers<240>();
+    const Share share = args.ws.shares[blockIdx.x];
     Consumer<kHeadDim>{args, ring, sums, max_sum, warp, lane}.run(share);
   }
 }

@@ -1,6 +1,5 @@
 // The few PTX instructions block attention is made of, one inline function each: mbarriers, bulk
-// tensor copies (sm_90), asynchronous 16-byte copies (sm_80), ldmatrix, mma, and the dependent-
-// launch pair. Shared memory is addressed by 32-bit shared-window addresses throughout.
+// tensor copies (sm_90), asynchronous 16-byte copies (sm_80), ldmatrix and mma. Shared memory is addressed by 32-bit shared-window addresses throughout.
 #pragma once
 
 #include <cuda.h>
@@ -8,7 +7,7 @@
 
 #include <cstdint>
 
-// Bulk tensor copies and dependent launch exist from sm_90 on; everything else runs from sm_80 on.
+// Bulk tensor copies exist from sm_90 on; everything else runs from sm_80 on.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define OPTIMUS_SM90 1
 #endif
@@ -17,22 +16,6 @@ namespace optimus::cuda::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// ------------------------------------------------------------------------------- dependent launch
-
-// Blocks until the kernels this one depends on have finished and their writes are visible.
-__device__ __forceinline__ void wait_for_dependencies() {
-#if defined(OPTIMUS_SM90)
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Lets the dependent kernel be set up now; its own wait still holds it back.
-__device__ __forceinline__ void launch_dependents() {
-#if defined(OPTIMUS_SM90)
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 // ---------------------------------------------------------------------------------------- barriers
@@ -47,16 +30,9 @@ __device__ __forceinline__ void barrier_fence_init() {
 #endif
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int count) {
-#if defined(OPTIMUS_SM90)
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier)
                : "memory");
-#else
-  for (int i = 0; i < count; ++i) {
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier)
-                 : "memory");
-  }
-#endif
 }
 
 // Waits until the phase of the given parity has completed.
@@ -154,6 +130,22 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
       " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// --------------------------------------------------------------------------------------- registers
+
+// Moves registers between warpgroups of a CTA: what the producers give up, the consumers take.
+template <int kCount>
+__device__ __forceinline__ void lower_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+template <int kCount>
+__device__ __forceinline__ void raise_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
 }
 
 // ---------------------------------------------------------------------------------------- numerics

@@ -2,8 +2,8 @@
 
 #include <cuda_runtime.h>
 
-#include "kernels/cuda/block_attention_launch.cuh"
 #include "kernels/cuda/block_attention_ptx.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda::attention {
 namespace {
@@ -153,8 +153,7 @@ __device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const in
 
 __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args) {
   __shared__ Scratch scratch;
-  ptx::wait_for_dependencies();
-  ptx::launch_dependents();
+  wait_for_previous_kernel();
   if (threadIdx.x == 0) scratch.num_merges = scratch.merge_rows = 0;
   __syncthreads();
   int num_items;
@@ -172,11 +171,11 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
 
 }  // namespace
 
-void launch_schedule(const BlockAttentionParams& params, const Workspace& ws, void* stream) {
+void launch_schedule(const BlockAttentionParams& params, const Workspace& ws, cudaStream_t stream) {
   ScheduleArgs args = {params.cu_seqlens_q, params.kv_limits,
                        params.num_seqs,     params.num_q_heads / params.num_kv_heads,
                        params.num_kv_heads, ws};
-  launch_dependent(schedule_kernel, 1, kThreads, 0, stream, args);
+  launch(schedule_kernel, {dim3(1), dim3(kThreads)}, stream, args);
 }
 
 }  // namespace optimus::cuda::attention

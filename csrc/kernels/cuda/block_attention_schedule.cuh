@@ -2,10 +2,13 @@
 // sequence, tiles per item), then one thread per share that finds where its interval begins.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "kernels/cuda/block_attention.h"
+#include "kernels/ops.h"
 
 namespace optimus::cuda::attention {
 
-void launch_schedule(const BlockAttentionParams&, const Workspace&, void* stream);
+void launch_schedule(const BlockAttentionParams&, const Workspace&, cudaStream_t);
 
 }  // namespace optimus::cuda::attention

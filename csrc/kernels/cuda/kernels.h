@@ -11,5 +11,21 @@
 namespace optimus::cuda {
 
 void embedding(const EmbeddingParams&, cudaStream_t);
+void rms_norm(const RmsNormParams&, cudaStream_t);
+void silu_mul(const SiluMulParams&, cudaStream_t);
+void qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, cudaStream_t);
+void kv_copy(const KvCopyParams&, cudaStream_t);
+void build_rows(const BuildRowsParams&, cudaStream_t);
+void unmask(const UnmaskParams&, cudaStream_t);
+size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size);
+void gemm(const GemmParams&, cudaStream_t);
+// At start-up, outside of graph capture: chooses the algorithm of these rows (and the others of
+// their bucket: multiples of 8 up to 256, of 64 up to 1024, then of 512), n, k and types once, by the
+// library's heuristic or, with `measure`, by running the candidates on the given buffers. Unplanned
+// calls take the heuristic's first proposal. All calls need the workspace that planning had.
+void plan_gemm(const GemmParams&, bool measure, cudaStream_t);
+void block_attention(const BlockAttentionParams&, cudaStream_t);
+void block_attention_schedule(const BlockAttentionParams&, cudaStream_t);
+size_t block_attention_workspace_bytes(const BlockAttentionParams&);
 
 }  // namespace optimus::cuda

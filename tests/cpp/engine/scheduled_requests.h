@@ -13,7 +13,7 @@ namespace optimus::testing {
 class ScheduledRequests {
  public:
   explicit ScheduledRequests(const EngineConfig& config, unsigned seed = 1)
-      : config(config), scheduler(config), commits_(config.block_length), rng_(seed) {}
+      : config(config), scheduler(config), commits(config.block_length), rng_(seed) {}
 
   Request* add(int prompt_len, int max_tokens) {
     requests.push_back(std::make_unique<Request>());
@@ -24,15 +24,20 @@ class ScheduledRequests {
       request->prompt.push_back(i < 2 * config.block_length ? 1 : random_int(rng_, 0, 3));
     }
     request->params.max_tokens = max_tokens;
+    request->commit_context = commits.context(request->params.unmasking_strategy,
+                                              request->params.confidence_threshold, 1);
+    request->metrics.arrival_s = now_s;
     scheduler.add(request);
     return request;
   }
 
   // Plans, checks and applies one step.
   StepPlan step() {
-    StepPlan plan = scheduler.plan(latency, commits_);
+    StepPlan plan = scheduler.plan(now_s, latency, commits);
     check(plan);
     for (const SeqPlan& seq : plan.seqs) apply(seq);
+    commits.advance();
+    now_s += step_ms > 0 ? step_ms * 1e-3 : plan.predicted_ms * 1e-3;
     return plan;
   }
 
@@ -65,13 +70,17 @@ class ScheduledRequests {
   EngineConfig config;
   Scheduler scheduler;
   LatencyModel latency;
+  CommitModel commits;
+  double now_s = 0;
+  double step_ms = 0;  // time a step takes; 0 = what the latency model predicts
   std::vector<std::unique_ptr<Request>> requests;
 
  private:
   void check(const StepPlan& plan) {
     std::set<const Request*> in_step;
     std::set<int> slots;
-    int rows = 0, prefill_rows = 0;
+    int rows = 0, prefill_rows = 0, num_decoding = 0;
+    int64_t kv_tokens = 0;
     for (const SeqPlan& seq : plan.seqs) {
       const Request& request = *seq.request;
       EXPECT_TRUE(in_step.insert(seq.request).second) << "twice in a step";
@@ -85,14 +94,29 @@ class ScheduledRequests {
       EXPECT_LE(is_prefill ? end : 0, request.prefill_target);
       EXPECT_GE(static_cast<int>(request.pages.size()) * config.page_size, end);
       EXPECT_GE(seq.chunk_length, is_prefill ? 0 : 1);
+      if (must_refresh(request) && !is_prefill) {
+        EXPECT_TRUE(seq.refresh) << "a due block was not refreshed";
+      }
+      num_decoding += !is_prefill;
+      kv_tokens += end;
       prefill_rows += seq.prefill_len;
       rows += is_prefill ? seq.prefill_len
                          : scheduler.decode_rows(request, seq.chunk_length, seq.refresh);
     }
     EXPECT_EQ(plan.num_rows, rows);
     EXPECT_EQ(plan.prefill_rows, prefill_rows);
+    EXPECT_EQ(plan.num_decoding, num_decoding);
+    EXPECT_EQ(plan.kv_tokens, kv_tokens);
+    EXPECT_EQ(plan.predicted_ms > 0, latency.has_profile() && rows > 0);
     EXPECT_LE(rows, config.max_num_batched_rows);
     check_pages();
+  }
+
+  // A finished block that the KV policy, or the arm that decoded it, wants fed once more.
+  bool must_refresh(const Request& request) const {
+    if (!request.previous_block_pending || config.row_mode() == RowMode::ar) return false;
+    return config.kv_policy == KvPolicy::refresh ||
+           (config.kv_policy == KvPolicy::auto_ && request.previous_needs_refresh);
   }
 
   void check_pages() {
@@ -129,11 +153,12 @@ class ScheduledRequests {
     request.window_open = true;
     request.metrics.nfe += 1;
     int evaluated = std::min(seq.chunk_length, request.num_masked);
-    int commits = random_int(rng_, 1, evaluated);
-    for (int i = 0; i < commits; ++i) commit_next(request);
+    int num_committed = random_int(rng_, 1, evaluated);
+    learn(request, seq.chunk_length, evaluated, num_committed);
+    for (int i = 0; i < num_committed; ++i) commit_next(request);
     // Block mode keeps the known positions of the current block fresh until it is complete.
     bool keeps = config.row_mode() == RowMode::block && !request.previous_block_pending;
-    request.num_fresh = commits + (keeps ? request.num_fresh : 0);
+    request.num_fresh = num_committed + (keeps ? request.num_fresh : 0);
     request.previous_block_pending = false;
     if (request.num_masked == 0) {
       request.block_start += config.grid();
@@ -148,6 +173,25 @@ class ScheduledRequests {
     }
   }
 
+  void learn(Request& request, int chunk_length, int evaluated, int num_committed) {
+    if (config.decode_mode != DecodeMode::ar) {
+      commits.observe_step(request.commit_context, chunk_length, evaluated, num_committed);
+      for (int i = 0; i < evaluated; ++i) {
+        commits.observe(request.commit_context, i, request.history, i < num_committed);
+      }
+    }
+    if (request.previous_block_pending) {
+      request.previous_needs_refresh = request.block_needs_refresh;
+      request.block_needs_refresh = false;
+    }
+    request.history.confidence.clear();
+    for (int i = num_committed; i < evaluated; ++i) {
+      request.history.confidence.push_back(0.01f * random_int(rng_, 0, 90));
+    }
+    request.history.num_evaluated = evaluated;
+    request.history.num_committed = num_committed;
+  }
+
   // Commits the first mask; the token is a function of its place, so a replay commits the same.
   void commit_next(Request& request) {
     int position = request.block_start + config.grid() - request.num_masked--;
@@ -159,7 +203,6 @@ class ScheduledRequests {
     ++request.num_known;
   }
 
-  CommitModel commits_;
   Rng rng_;
 };
 

@@ -52,7 +52,8 @@ void expect_complete(const std::vector<Job>& jobs, const std::vector<Outcome>& o
 TEST(Engine, EveryModeAndPolicyRunsToCompletion) {
   std::vector<Job> jobs = tiny_jobs(1, 8);
   for (DecodeMode mode :
-       {DecodeMode::ar, DecodeMode::block, DecodeMode::chunk, DecodeMode::elastic}) {
+       {DecodeMode::ar, DecodeMode::block, DecodeMode::chunk, DecodeMode::schedule,
+        DecodeMode::elastic, DecodeMode::elastic_per_request}) {
     for (KvPolicy policy : {KvPolicy::freeze, KvPolicy::refresh, KvPolicy::auto_}) {
       EngineConfig config = tiny_engine_config(mode, policy);
       SCOPED_TRACE(config_name(config));
@@ -248,7 +249,8 @@ TEST(Engine, TokensDoNotDependOnPreemption) {
 TEST(Engine, EveryModeSurvivesPreemption) {
   std::vector<Job> jobs = tiny_jobs(11, 8);
   for (Job& job : jobs) job.params.max_tokens = 40;
-  for (DecodeMode mode : {DecodeMode::chunk, DecodeMode::elastic}) {
+  for (DecodeMode mode : {DecodeMode::chunk, DecodeMode::schedule, DecodeMode::elastic,
+                          DecodeMode::elastic_per_request}) {
     for (KvPolicy policy : {KvPolicy::freeze, KvPolicy::refresh, KvPolicy::auto_}) {
       EngineConfig config = tiny_engine_config(mode, policy);
       SCOPED_TRACE(config_name(config));

@@ -8,7 +8,7 @@ namespace {
 using namespace testing;
 
 const std::vector<DecodeMode> kModes = {DecodeMode::ar, DecodeMode::block, DecodeMode::chunk,
-                                        DecodeMode::elastic};
+                                        DecodeMode::elastic, DecodeMode::elastic_per_request};
 
 Job simple_job(int prompt_len, int max_tokens, unsigned seed = 1) {
   Rng rng(seed);
@@ -218,7 +218,15 @@ TEST(EngineRequests, ProfileMeasuresAscendingRowsAndKeepsTokens) {
     expect_invalid([&] { engine.profile(1); }, "[profile] 1 requests are unfinished");
     finish_all(engine);  // leaves cached pages behind
     expect_invalid([&] { engine.profile(0); }, "repeats must be at least 1, got 0");
-    std::vector<LatencyModel::Point> points = engine.profile(2);
+    const LatencyProfile profile = engine.profile(2);
+    EXPECT_EQ(engine.core().latency().profile().decode.size(), profile.decode.size());
+    EXPECT_FALSE(profile.is_padded);
+    EXPECT_EQ(profile.prefill.size(), profile.decode.size());
+    EXPECT_FALSE(profile.kv.empty());
+    for (size_t i = 0; i < profile.kv.size(); ++i) {
+      EXPECT_GE(profile.kv[i].extra_ms, i == 0 ? 0 : profile.kv[i - 1].extra_ms);
+    }
+    const std::vector<LatencyProfile::Point>& points = profile.decode;
     EXPECT_EQ(points.front().rows, 1);
     EXPECT_EQ(points.back().rows, config.max_num_batched_rows);
     for (size_t i = 0; i < points.size(); ++i) {
@@ -230,10 +238,14 @@ TEST(EngineRequests, ProfileMeasuresAscendingRowsAndKeepsTokens) {
 }
 
 TEST(EngineRequests, ElasticWithAProfileRunsToCompletion) {
-  Engine engine(tiny_model(), tiny_engine_config(DecodeMode::elastic, KvPolicy::auto_));
-  engine.set_profile({{1, 1.0}, {16, 1.1}, {32, 4.0}, {64, 9.0}});
-  for (const Outcome& outcome : run_jobs(engine, tiny_jobs(5, 10))) {
-    EXPECT_EQ(outcome.finish_reason, FinishReason::length);
+  for (DecodeMode mode : {DecodeMode::elastic, DecodeMode::elastic_per_request}) {
+    Engine engine(tiny_model(), tiny_engine_config(mode, KvPolicy::auto_));
+    LatencyProfile profile;
+    profile.decode = {{1, 1.0}, {16, 1.1}, {32, 4.0}, {64, 9.0}};
+    engine.set_profile(profile);
+    for (const Outcome& outcome : run_jobs(engine, tiny_jobs(5, 10))) {
+      EXPECT_EQ(outcome.finish_reason, FinishReason::length);
+    }
   }
 }
 

@@ -15,6 +15,7 @@ EngineConfig base_config(DecodeMode mode = DecodeMode::chunk, KvPolicy policy = 
   config.kv_policy = policy;
   config.block_length = kBlock;
   config.chunk_length = 3;
+  config.chunk_schedule = {{1, kBlock}, {3, 4}, {8, 2}};
   config.max_num_seqs = 6;
   config.max_num_batched_rows = 64;
   config.max_model_len = 128;
@@ -22,6 +23,13 @@ EngineConfig base_config(DecodeMode mode = DecodeMode::chunk, KvPolicy policy = 
   config.num_pages = 64;
   config.enable_prefix_cache = false;
   return config;
+}
+
+LatencyProfile small_profile(bool is_padded) {
+  LatencyProfile profile;
+  profile.decode = {{1, 1.0}, {20, 1.1}, {64, 4.0}};
+  profile.is_padded = is_padded;
+  return profile;
 }
 
 std::vector<uint64_t> ids_of(const StepPlan& plan) {
@@ -50,7 +58,7 @@ TEST(Scheduler, RandomLoadsKeepEveryRuleAndFinish) {
   int preemptions = 0;
   for (int trial = 0; trial < 240; ++trial) {
     EngineConfig config =
-        base_config(static_cast<DecodeMode>(trial % 4), static_cast<KvPolicy>(trial / 4 % 3));
+        base_config(static_cast<DecodeMode>(trial % 6), static_cast<KvPolicy>(trial / 6 % 3));
     config.page_size = 1 << random_int(rng, 1, 5);
     config.max_num_seqs = random_int(rng, 1, 8);
     config.max_num_batched_rows = 4 * config.grid() + random_int(rng, 0, 40);
@@ -59,7 +67,7 @@ TEST(Scheduler, RandomLoadsKeepEveryRuleAndFinish) {
     config.recompute_block = random_int(rng, 0, 3) == 0;
     config.num_pages = (96 + random_int(rng, 0, 200)) / config.page_size + 1;
     ScheduledRequests run(config, trial);
-    if (random_int(rng, 0, 1)) run.latency.set_profile({{1, 1.0}, {20, 1.1}, {64, 4.0}});
+    if (random_int(rng, 0, 1)) run.latency.set_profile(small_profile(random_int(rng, 0, 1)));
     int num_requests = random_int(rng, 1, 12);
     for (int i = 0; i < num_requests; ++i) {
       run.add(random_int(rng, 1, 40), random_int(rng, 1, 48));
@@ -200,7 +208,7 @@ TEST(Scheduler, PreemptionWithoutReplayDropsTokensBehindAMask) {
   second->num_known = 2;
   for (int i : {0, 1, 5}) second->output[i] = {i, 0.0f, 1.0f, 1};
   first->block_start += 3 * kBlock;  // needs three pages more
-  run.scheduler.plan(run.latency, CommitModel(kBlock));
+  run.scheduler.plan(run.now_s, run.latency, run.commits);
   ASSERT_EQ(second->metrics.num_preemptions, 1);
   EXPECT_EQ(second->output[1].token_id, 1);
   EXPECT_EQ(second->output[5].step, 0) << "a token behind a mask";
@@ -291,6 +299,10 @@ TEST(EngineConfig, BadValuesThrowWithValues) {
           [](auto& c) { c.page_size = 12; });
   rejects("chunk_length must be between 1 and block_length 8, got 9",
           [](auto& c) { c.chunk_length = 9; });
+  rejects("target_tpot_ms must not be negative, got -1", [](auto& c) { c.target_tpot_ms = -1; });
+  rejects("target_ttft_ms must not be negative, got nan",
+          [](auto& c) { c.target_ttft_ms = std::nan(""); });
+  rejects("step_log_size must be at least 0, got -1", [](auto& c) { c.step_log_size = -1; });
   rejects("chunk_arms must be between 1 and block_length 8, got 0",
           [](auto& c) { c.chunk_arms = {2, 0}; });
   EngineConfig ar = base_config(DecodeMode::ar);

@@ -17,6 +17,7 @@ inline EngineConfig tiny_engine_config(DecodeMode mode, KvPolicy policy = KvPoli
   config.kv_policy = policy;
   config.block_length = kBlock;
   config.chunk_length = 3;
+  config.chunk_schedule = {{1, kBlock}, {3, 4}, {8, 2}};
   config.max_num_seqs = 4;
   config.max_num_batched_rows = 64;
   config.max_model_len = 96;

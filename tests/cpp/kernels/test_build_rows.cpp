@@ -148,7 +148,7 @@ struct Outputs {
   std::vector<int32_t> cu_seqlens, page_table, counts;
 };
 
-void run(Problem& problem, int max_rows, Outputs& out) {
+void run(Problem& problem, int max_rows, Outputs& out, int pad_rows_to = 0, int pad_seqs_to = 0) {
   std::vector<int32_t> slots, chunk_lengths, lens, starts, offsets, tokens;
   std::vector<uint8_t> refresh;
   for (const Sequence& seq : problem.seqs) {
@@ -164,7 +164,7 @@ void run(Problem& problem, int max_rows, Outputs& out) {
   cpu::build_rows({problem.state.view(), slots.data(), chunk_lengths.data(), refresh.data(),
                    lens.data(), starts.data(), offsets.data(), tokens.data(), out.view(),
                    static_cast<int>(problem.seqs.size()), max_rows, problem.page_size, kMaskTokenId,
-                   problem.prefill_causal, problem.mode},
+                   problem.prefill_causal, problem.mode, pad_rows_to, pad_seqs_to},
                   pool);
 }
 
@@ -346,6 +346,28 @@ TEST(BuildRows, NothingToDo) {
   check(make_problem(rng, RowMode::chunk, 2, 4, 4));
 }
 
+TEST(BuildRows, PaddingFillsTheBucket) {
+  Rng rng(8);
+  Problem problem = make_problem(rng, RowMode::chunk, 2, 4, 4);
+  set_window(rng, problem, 1, {kFresh, kCached, kCached, kCached},
+             {kPresent, kFresh, kAbsent, kAbsent});
+  problem.seqs = {{1, 2, false, {}, 0}};  // rows: the fresh ones, and two masks
+  const int stride = problem.state.page_table_stride;
+  Outputs out(7, 3, stride);
+  run(problem, 7, out, /*pad_rows_to=*/6, /*pad_seqs_to=*/3);
+  EXPECT_EQ(out.counts, (std::vector<int32_t>{4, 2, kPoison}));
+  EXPECT_EQ(out.cu_seqlens, (std::vector<int32_t>{0, 4, 4, 4, kPoison}));
+  const std::vector<int32_t> padding = {0, 0, 1, -1, 0, -1, 0};  // by array
+  for (int array = 0; array < 7; ++array) {
+    for (int i = out.counts[array < 4 ? 0 : 1]; i < 6; ++i) {
+      EXPECT_EQ(out.per_row[array][i], padding[array]) << "array " << array << ", entry " << i;
+    }
+    expect_untouched_tail(out.per_row[array], 6);
+  }
+  for (int i = stride; i < 3 * stride; ++i) EXPECT_EQ(out.page_table[i], 0);
+  expect_untouched_tail(out.page_table, 3 * stride);
+}
+
 TEST(BuildRows, TooManyRowsThrow) {
   Rng rng(6);
   Problem problem = make_problem(rng, RowMode::block, 1, 4, 4);
@@ -354,6 +376,9 @@ TEST(BuildRows, TooManyRowsThrow) {
   expect_invalid([&] { run(problem, 3, out); },
                  "[build_rows] the plan needs more than max_rows 3 rows");
   for (int array = 0; array < 4; ++array) expect_untouched_tail(out.per_row[array], 3);
+  Outputs padded(4, 1, problem.state.page_table_stride);
+  expect_invalid([&] { run(problem, 4, padded, 3); },
+                 "[build_rows] pad_rows_to must be in 4 (rows)..4 (max_rows), got 3");
 }
 
 TEST(BuildRows, TooLongBlockThrows) {

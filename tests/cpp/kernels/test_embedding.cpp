@@ -26,6 +26,28 @@ TEST(Embedding, CopiesRows) {
   }
 }
 
+TEST(Embedding, ReadsPackedPanels) {
+  Rng rng(2);
+  ThreadPool pool(2);
+  for (DType dtype : {DType::float32, DType::bfloat16}) {
+    for (int vocab : {1, 32, 33, 100}) {
+      int hidden = 129, rows = 300;
+      Tensor table = random_tensor(rng, dtype, vocab * hidden);
+      Tensor packed(dtype, packed_gemm_weight_size(vocab, hidden));
+      pack_gemm_weight(table.data(), packed.data(), vocab, hidden, dtype);
+      std::vector<int32_t> ids(rows);
+      for (auto& id : ids) id = random_int(rng, 0, vocab - 1);
+      Tensor out(dtype, rows * hidden);
+      cpu::embedding({packed.data(), ids.data(), out.data(), rows, hidden, dtype, /*packed=*/true},
+                     pool);
+      for (int r = 0; r < rows; ++r) {
+        expect_same_bits(out, r * hidden, table, ids[r] * hidden, hidden);
+      }
+      EXPECT_TRUE(out.guards_intact());
+    }
+  }
+}
+
 TEST(Embedding, RejectsBadArguments) {
   ThreadPool pool(1);
   Tensor table(DType::float32, 8), out(DType::float32, 8);

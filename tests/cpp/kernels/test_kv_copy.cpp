@@ -1,4 +1,4 @@
-// kv_copy: the copied pages change, no other.
+// kv_copy: the copied pages change, no other; also between two pools.
 #include "kernels/cpu/kernels.h"
 #include "testing.h"
 
@@ -36,6 +36,31 @@ TEST(KvCopy, CopiesPagesOfEveryLayer) {
       expect_same_bits(v[layer], at, old_v[layer], from_at, page_elements);
     }
     EXPECT_TRUE(k[layer].guards_intact() && v[layer].guards_intact());
+  }
+}
+
+TEST(KvCopy, CopiesToAnotherPool) {
+  Rng rng(12);
+  ThreadPool pool(1);
+  size_t page_elements = 48;
+  Tensor k = random_tensor(rng, DType::float32, 3 * page_elements);
+  Tensor v = random_tensor(rng, DType::float32, 3 * page_elements);
+  Tensor other_k(DType::float32, 4 * page_elements), other_v = other_k;
+  void *k_pages = k.data(), *v_pages = v.data();
+  void *other_k_pages = other_k.data(), *other_v_pages = other_v.data();
+  std::vector<int32_t> src = {2, 1}, dst = {0, 1};  // page 1 to page 1: of another pool
+  KvCopyParams params{&k_pages, &v_pages, src.data(), dst.data(), 1, 2, page_elements * 4};
+  params.dst_k_pages = &other_k_pages;
+  expect_invalid([&] { cpu::kv_copy(params, pool); }, "must both be given");
+  params.dst_v_pages = &other_v_pages;
+  cpu::kv_copy(params, pool);
+  for (int i = 0; i < 2; ++i) {
+    size_t to = dst[i] * page_elements, from = src[i] * page_elements;
+    expect_same_bits(other_k, to, k, from, page_elements);
+    expect_same_bits(other_v, to, v, from, page_elements);
+  }
+  for (size_t i = 2 * page_elements; i < other_k.size(); ++i) {
+    EXPECT_TRUE(std::isnan(other_k.get(i)) && std::isnan(other_v.get(i)));
   }
 }
 

@@ -118,17 +118,38 @@ TEST(QkNormRopeKvWrite, MatchesPlainLoops) {
   });
 }
 
+TEST(QkNormRopeKvWrite, PaddingRowsWriteNoKeysAndValues) {
+  Rng rng(13);
+  ThreadPool pool(1);
+  const int head_dim = 16;
+  Tensor qkv = random_tensor(rng, DType::float32, 2 * 3 * head_dim);
+  Tensor q(DType::float32, 2 * head_dim), k(DType::float32, 8 * head_dim), v = k;
+  std::vector<float> inv_freq(head_dim / 2, 0.5f);
+  std::vector<int32_t> positions = {3, 0}, slots = {5, -1};
+  cpu::qk_norm_rope_kv_write(
+      {qkv.data(), nullptr, nullptr, inv_freq.data(), positions.data(), slots.data(), q.data(),
+       k.data(), v.data(), 2, 1, 1, head_dim, head_dim, 4, kEps, DType::float32},
+      pool);
+  for (size_t i = 0; i < q.size(); ++i) EXPECT_FALSE(std::isnan(q.get(i)));
+  for (const Tensor* pages : {&k, &v}) {
+    EXPECT_TRUE(pages->guards_intact());
+    for (size_t i = 0; i < pages->size(); ++i) {
+      EXPECT_EQ(std::isnan(pages->get(i)), i / head_dim != 5) << "element " << i;
+    }
+  }
+}
+
 TEST(QkNormRopeKvWrite, RejectsBadArguments) {
   ThreadPool pool(1);
   Tensor data(DType::float32, 256);
-  int32_t position = 0, slot = -1;
+  int32_t position = -1, slot = 0;
   float inv_freq[8] = {};
   QkNormRopeKvWriteParams params{
       data.data(),   nullptr, nullptr, inv_freq, &position, &slot, data.data(), data.data(),
       data.data(),   1,       1,       1,        16,        16,    4,           kEps,
       DType::float32};
   auto run = [&] { cpu::qk_norm_rope_kv_write(params, pool); };
-  expect_invalid(run, "row 0 needs kv_slot and position >= 0, got -1 and 0");
+  expect_invalid(run, "row 0 needs a position >= 0, got -1");
   params.rotary_dim = 18;
   expect_invalid(run, "rotary_dim must be even and in 0..head_dim (16), got 18");
   params.rotary_dim = 7;

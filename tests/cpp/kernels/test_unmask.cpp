@@ -261,6 +261,32 @@ TEST(Unmask, FinishedBlockBecomesThePreviousOne) {
   EXPECT_EQ(call.num_masked[0], 4);
 }
 
+TEST(Unmask, PaddingRowsAreNotLookedAt) {
+  for (bool counted : {false, true}) {
+    UnmaskCall call = two_token_call(4, {1, 3}, {5.0f, -5.0f});
+    UnmaskCall expected = call;
+    expected.run();
+    const int32_t num_rows = 2;
+    if (counted) {
+      call.num_rows_on_device = &num_rows;
+      call.add_rows(0, {0, 2});  // of an earlier step
+    } else {
+      call.add_rows(-1, {0, 0});
+    }
+    std::vector<float> logits(8, std::numeric_limits<float>::quiet_NaN());
+    for (int i = 0; i < 4; ++i) logits[i] = expected.logits.get(i);
+    call.set_logits(logits);
+    call.run();
+    EXPECT_EQ(call.state.tokens, expected.state.tokens);
+    EXPECT_EQ(call.state.status, expected.state.status);
+    EXPECT_EQ(call.num_fresh, expected.num_fresh);
+    for (int i = 2; i < 4; ++i) {
+      EXPECT_EQ(call.token_ids[i], UnmaskCall::kPoison);
+      EXPECT_EQ(call.committed[i], UnmaskCall::kPoisonByte);
+    }
+  }
+}
+
 TEST(Unmask, NoRowsChangeNothing) {
   UnmaskCall call(DType::float32, 2, 4, 3);
   DecodeStateArrays before = call.state;

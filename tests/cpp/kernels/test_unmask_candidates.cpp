@@ -128,6 +128,36 @@ TEST_P(UnmaskCandidates, MinusInfinityHasNoProbability) {
   }
 }
 
+// Padding behind the vocabulary is never looked at, however large.
+TEST_P(UnmaskCandidates, PaddedLogitsDoNotCount) {
+  Rng rng(11);
+  const int vocab = 50, stride = 67, rows = 8;
+  for (float temperature : {0.0f, 0.8f, 5.0f}) {
+    UnmaskCall plain(dtype(), 1, rows, vocab), padded(dtype(), 1, rows, vocab);
+    padded.logits_stride = stride;
+    for (UnmaskCall* call : {&plain, &padded}) {
+      call->add_rows(0, iota(rows));
+      call->state.temperature[0] = temperature;
+      call->state.top_k[0] = temperature > 1 ? 20 : 0;
+      call->state.seed[0] = 8;
+    }
+    plain.set_random_logits(rng, 2.0f);
+    std::vector<float> values(rows * stride, 100.0f);
+    for (int row = 0; row < rows; ++row) {
+      for (int v = 0; v < vocab; ++v) values[row * stride + v] = plain.logit(row, v);
+    }
+    padded.set_logits(values);
+    plain.run();
+    padded.run();
+    EXPECT_EQ(plain.token_ids, padded.token_ids);
+    EXPECT_EQ(plain.confidence, padded.confidence);
+    EXPECT_EQ(plain.logprob, padded.logprob);
+    EXPECT_EQ(plain.entropy, padded.entropy);
+    EXPECT_EQ(plain.committed, padded.committed);
+    for (int row = 0; row < rows; ++row) expect_values(padded, row);
+  }
+}
+
 // A large logit divided by a small temperature has few digits behind the point.
 TEST_P(UnmaskCandidates, ConfidenceIsAtMostOne) {
   Rng rng(9);

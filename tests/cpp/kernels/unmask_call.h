@@ -23,33 +23,47 @@ struct UnmaskCall {
   }
   int num_rows() const { return static_cast<int>(logit_slots.size()); }
 
-  // `values`: [rows, vocab_size].
+  // Elements from one row of logits to the next.
+  size_t stride() const { return logits_stride > 0 ? logits_stride : vocab_size; }
+
+  // `values`: [rows, stride()].
   void set_logits(const std::vector<float>& values) {
-    ASSERT_EQ(values.size(), static_cast<size_t>(num_rows()) * vocab_size);
+    ASSERT_EQ(values.size(), num_rows() * stride());
     logits = Tensor(logits.dtype(), values.size());
     for (size_t i = 0; i < values.size(); ++i) logits.set(i, values[i]);
   }
   void set_random_logits(Rng& rng, float scale) {
-    logits =
-        random_tensor(rng, logits.dtype(), static_cast<size_t>(num_rows()) * vocab_size, scale);
+    logits = random_tensor(rng, logits.dtype(), num_rows() * stride(), scale);
   }
-  float logit(int row, int token) const {
-    return logits.get(static_cast<size_t>(row) * vocab_size + token);
-  }
+  float logit(int row, int token) const { return logits.get(row * stride() + token); }
 
-  void run(ThreadPool& pool) {
+  void poison_outputs() {
     const size_t rows = num_rows() + 1;  // one guard entry behind each
     token_ids.assign(rows, kPoison);
     confidence.assign(rows, kPoison);
     logprob.assign(rows, kPoison);
     entropy.assign(rows, kPoison);
     committed.assign(rows, kPoisonByte);
-    cpu::unmask({logits.data(), logit_slots.data(), logit_offsets.data(), state.view(),
-                 Candidates{token_ids.data(), confidence.data(), logprob.data(), entropy.data(),
-                            committed.data()},
-                 num_fresh.data(), num_masked.data(), num_rows(), vocab_size, RowMode::chunk,
-                 logits.dtype()},
-                pool);
+  }
+  UnmaskParams params() {
+    return {logits.data(),
+            logit_slots.data(),
+            logit_offsets.data(),
+            state.view(),
+            Candidates{token_ids.data(), confidence.data(), logprob.data(), entropy.data(),
+                       committed.data()},
+            num_fresh.data(),
+            num_masked.data(),
+            num_rows(),
+            vocab_size,
+            RowMode::chunk,
+            logits.dtype(),
+            logits_stride,
+            num_rows_on_device};
+  }
+  void run(ThreadPool& pool) {
+    poison_outputs();
+    cpu::unmask(params(), pool);
     EXPECT_TRUE(logits.guards_intact());
     EXPECT_EQ(token_ids.back(), kPoison);
     EXPECT_EQ(confidence.back(), kPoison);
@@ -71,7 +85,8 @@ struct UnmaskCall {
   std::vector<float> confidence, logprob, entropy;
   std::vector<uint8_t> committed;
   std::vector<int32_t> num_fresh, num_masked;
-  int vocab_size;
+  int vocab_size, logits_stride = 0;
+  const int32_t* num_rows_on_device = nullptr;
 };
 
 inline std::vector<int> iota(int count) {

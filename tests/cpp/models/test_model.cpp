@@ -109,6 +109,8 @@ TEST(Model, BadConfigsThrowWithValues) {
   rejects("mask_token_id must be below vocab_size 61, got 61",
           [](ModelConfig& c) { c.mask_token_id = 61; });
   rejects("got -2", [](ModelConfig& c) { c.mask_token_id = -2; });
+  rejects("true_vocab_size must be at most vocab_size 61, got 62",
+          [](ModelConfig& c) { c.true_vocab_size = 62; });
 }
 
 TEST(Model, ForwardDoesNotDependOnPages) {
@@ -184,6 +186,9 @@ TEST(Model, TiedHeadIsTheEmbedding) {
   Tensor a = run_forward(tied, tokens, 8, {0, 1}, 2);
   Tensor b = run_forward(untied, tokens, 8, {0, 1}, 2);
   expect_same_bits(a, 0, b, 0, a.size());
+  // One copy of the table serves both.
+  EXPECT_EQ(untied.weight_bytes() - tied.weight_bytes(),
+            size_t(config.vocab_size) * config.hidden_size * sizeof(float));
 }
 
 TEST(Model, TensorsConvertToTheModelsDtype) {

@@ -1,0 +1,343 @@
+// Times block_attention on the GPU and compares it with a plain read of the same bytes.
+//
+//   bench_block_attention_cuda [--json FILE] [--only grid|ragged|prefill] [--quick]
+//
+// Every figure is the median over replays of one CUDA graph that holds several calls, each on KV of
+// its own, so that nothing is found in the L2; pages lie in random order. `us` counts one schedule
+// per call, `layer us` one schedule per graph (a step runs one schedule for all its layers).
+// `floor us` is the fastest plain read of the call's K and V, replayed in the same way.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/device_buffer.h"
+#include "kernels/cuda/kernels.h"
+#include "memory_floor.h"
+
+namespace optimus::bench {
+namespace {
+
+constexpr int kNumQHeads = 32, kNumKvHeads = 8, kHeadDim = 128, kPageSize = 64;
+constexpr size_t kTokenBytes = size_t(2) * kNumKvHeads * kHeadDim * 2;  // K and V, bf16
+constexpr size_t kPageBytes = kTokenBytes * kPageSize;
+constexpr size_t kPoolBytes = size_t(4864) << 20;
+constexpr size_t kRotatedBytes = size_t(512) << 20;  // beyond any L2
+constexpr int kMaxCalls = 24;
+
+struct Sequence {
+  int rows, kv_len;
+  int block;  // limits climb in blocks of this many rows up to kv_len; 0 = all rows see kv_len
+};
+using Batch = std::vector<Sequence>;
+
+template <class T>
+DeviceBuffer<T> upload(const std::vector<T>& host) {
+  DeviceBuffer<T> device(host.size());
+  OPTIMUS_CUDA_CHECK(
+      cudaMemcpy(device.data(), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return device;
+}
+
+// Captures `body`, replays it, returns the median microseconds of one replay.
+float replay_us(cudaStream_t stream, const std::function<void()>& body, int replays) {
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  cudaEvent_t begin, end;
+  OPTIMUS_CUDA_CHECK(cudaEventCreate(&begin));
+  OPTIMUS_CUDA_CHECK(cudaEventCreate(&end));
+  OPTIMUS_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  body();
+  OPTIMUS_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+  OPTIMUS_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+  std::vector<float> times;
+  for (int i = 0; i < replays + 2; ++i) {
+    OPTIMUS_CUDA_CHECK(cudaEventRecord(begin, stream));
+    OPTIMUS_CUDA_CHECK(cudaGraphLaunch(executable, stream));
+    OPTIMUS_CUDA_CHECK(cudaEventRecord(end, stream));
+    OPTIMUS_CUDA_CHECK(cudaEventSynchronize(end));
+    float ms;
+    OPTIMUS_CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 2) times.push_back(ms * 1000);
+  }
+  OPTIMUS_CUDA_CHECK(cudaGraphExecDestroy(executable));
+  OPTIMUS_CUDA_CHECK(cudaGraphDestroy(graph));
+  OPTIMUS_CUDA_CHECK(cudaEventDestroy(begin));
+  OPTIMUS_CUDA_CHECK(cudaEventDestroy(end));
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  return times[times.size() / 2];
+}
+
+struct Result {
+  std::string name;
+  int rows = 0, seqs = 0;
+  double kv_bytes = 0, flops = 0;
+  double us = 0, layer_us = 0, floor_us = 0, schedule_us = 0;
+};
+
+class Bench {
+ public:
+  explicit Bench(int replays)
+      : replays_(replays), k_(kPoolBytes / 4), v_(kPoolBytes / 4), sink_(1) {
+    OPTIMUS_CUDA_CHECK(cudaStreamCreate(&stream_));
+    fill_random_bf16(k_.data(), k_.size(), 1, stream_);
+    fill_random_bf16(v_.data(), v_.size(), 2, stream_);
+    OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream_));
+  }
+
+  void print_peaks() {
+    size_t bytes = k_.bytes();
+    float copy = replay_us(
+        stream_,
+        [&] {
+          OPTIMUS_CUDA_CHECK(
+              cudaMemcpyAsync(v_.data(), k_.data(), bytes, cudaMemcpyDeviceToDevice, stream_));
+        },
+        10);
+    copy_gbps = 2e-3 * bytes / copy;
+    fill_random_bf16(v_.data(), v_.size(), 2, stream_);
+    read_gbps = 1e-3 * bytes / floor_us(bytes / 2, 1);
+    std::printf("device copy %.0f GB/s (read + written), plain read %.0f GB/s\n", copy_gbps,
+                read_gbps);
+    for (size_t mib : {4, 16, 64, 256, 1024}) {
+      size_t size = mib << 20;
+      float us = floor_us(size / 2, calls_for(size));
+      std::printf("  read of %4zu MiB: %7.1f us, %5.0f GB/s\n", mib, us, 1e-3 * size / us);
+    }
+  }
+
+  Result run(const std::string& name, const Batch& batch) {
+    Result result;
+    result.name = name;
+    result.seqs = static_cast<int>(batch.size());
+    std::vector<int32_t> cu = {0}, limits;
+    int stride = 1, pages = 0;
+    for (const Sequence& seq : batch) {
+      cu.push_back(cu.back() + seq.rows);
+      for (int i = 0; i < seq.rows; ++i) {
+        int below = seq.block == 0 ? 0 : (seq.rows - 1 - i) / seq.block * seq.block;
+        limits.push_back(std::max(1, seq.kv_len - below));
+        result.flops += 4.0 * limits.back() * kNumQHeads * kHeadDim;
+      }
+      int seq_pages = (seq.kv_len + kPageSize - 1) / kPageSize;
+      stride = std::max(stride, seq_pages);
+      pages += seq_pages;
+      result.kv_bytes += double(seq.kv_len) * kTokenBytes;
+    }
+    result.rows = cu.back();
+    int calls = calls_for(pages * kPageBytes);
+    std::vector<DeviceBuffer<int32_t>> tables = page_tables(batch, calls, stride);
+    DeviceBuffer<int32_t> device_cu = upload(cu), device_limits = upload(limits);
+    DeviceBuffer<uint16_t> q(size_t(result.rows) * kNumQHeads * kHeadDim), out(q.size());
+    fill_random_bf16(q.data(), q.size(), 3, stream_);
+    BlockAttentionParams params = {
+        q.data(), k_.data(),  v_.data(),   device_cu.data(), device_limits.data(),
+        nullptr,  out.data(), result.seqs, kNumQHeads,       kNumKvHeads,
+        kHeadDim, kPageSize,  stride,      0.0883883f,       DType::bfloat16};
+    params.max_rows = result.rows;
+    DeviceBuffer<char> workspace(cuda::block_attention_workspace_bytes(params));
+    params.workspace = workspace.data();
+    params.workspace_bytes = workspace.size();
+    auto attend = [&](int call) {
+      params.page_table = tables[call].data();
+      cuda::block_attention(params, stream_);
+    };
+    auto schedule = [&] { cuda::block_attention_schedule(params, stream_); };
+    result.schedule_us = replay_us(
+                             stream_,
+                             [&] {
+                               for (int i = 0; i < 8; ++i) schedule();
+                             },
+                             replays_) /
+                         8;
+    result.us = replay_us(
+                    stream_,
+                    [&] {
+                      for (int i = 0; i < calls; ++i) schedule(), attend(i);
+                    },
+                    replays_) /
+                calls;
+    result.layer_us = replay_us(
+                          stream_,
+                          [&] {
+                            for (int i = 0; i < calls; ++i) attend(i);
+                          },
+                          replays_) /
+                      calls;
+    result.floor_us = floor_us(static_cast<size_t>(result.kv_bytes) / 2, calls);
+    return result;
+  }
+
+  double copy_gbps = 0, read_gbps = 0;
+
+ private:
+  static int calls_for(size_t bytes) {
+    size_t rotated = (kRotatedBytes + bytes - 1) / bytes, fit = kPoolBytes / bytes;
+    return static_cast<int>(std::max<size_t>(1, std::min({rotated, fit, size_t{kMaxCalls}})));
+  }
+
+  std::vector<DeviceBuffer<int32_t>> page_tables(const Batch& batch, int calls, int stride) {
+    std::vector<int32_t> order(kPoolBytes / kPageBytes);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), rng_);
+    std::vector<DeviceBuffer<int32_t>> tables;
+    size_t next = 0;
+    for (int call = 0; call < calls; ++call) {
+      std::vector<int32_t> table(batch.size() * stride, -1);
+      for (size_t s = 0; s < batch.size(); ++s) {
+        for (int i = 0; i * kPageSize < batch[s].kv_len; ++i) {
+          table[s * stride + i] = order[next++ % order.size()];
+        }
+      }
+      tables.push_back(upload(table));
+    }
+    return tables;
+  }
+
+  // A read of `half` bytes of K and as many of V: the better of one, two and four CTAs per SM.
+  float floor_us(size_t half, int calls) {
+    half = half / 16 * 16;
+    float best = 1e30f;
+    for (int ctas : {1, 2, 4}) {
+      float us = replay_us(
+          stream_,
+          [&] {
+            for (int call = 0; call < calls; ++call) {
+              size_t offset = calls == 1 ? 0 : (k_.bytes() - half) / (calls - 1) / 16 * 16 * call;
+              const char* k = reinterpret_cast<const char*>(k_.data()) + offset;
+              // One kernel: the two halves of a call's bytes, from one pool at a time.
+              read_plainly(k, std::min(2 * half, k_.bytes() - offset), ctas, sink_.data(), stream_);
+              if (2 * half > k_.bytes() - offset) {
+                read_plainly(v_.data(), 2 * half - (k_.bytes() - offset), ctas, sink_.data(),
+                             stream_);
+              }
+            }
+          },
+          replays_);
+      best = std::min(best, us / calls);
+    }
+    return best;
+  }
+
+  int replays_;
+  cudaStream_t stream_ = nullptr;
+  DeviceBuffer<uint16_t> k_, v_;
+  DeviceBuffer<uint32_t> sink_;
+  std::mt19937 rng_{7};
+};
+
+void print(const Result& r) {
+  double gbps = 1e-3 * r.kv_bytes / r.layer_us;
+  std::printf("%-26s %6d %8.1f %8.1f %8.1f %6.1f%% %6.0f %7.1f %6.1f\n", r.name.c_str(), r.rows,
+              r.us, r.layer_us, r.floor_us, 100 * r.floor_us / r.layer_us, gbps,
+              1e-6 * r.flops / r.layer_us, r.schedule_us);
+  std::fflush(stdout);
+}
+
+void write_json(const std::string& path, const Bench& bench, const std::vector<Result>& results) {
+  cudaDeviceProp device;
+  OPTIMUS_CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+  std::ofstream file(path);
+  file << "{\"device\": \"" << device.name << "\", \"copy_gbps\": " << bench.copy_gbps
+       << ", \"read_gbps\": " << bench.read_gbps << ",\n \"results\": [";
+  for (size_t i = 0; i < results.size(); ++i) {
+    const Result& r = results[i];
+    file << (i == 0 ? "\n" : ",\n") << "  {\"name\": \"" << r.name << "\", \"rows\": " << r.rows
+         << ", \"seqs\": " << r.seqs << ", \"kv_bytes\": " << r.kv_bytes
+         << ", \"flops\": " << r.flops << ", \"us\": " << r.us << ", \"layer_us\": " << r.layer_us
+         << ", \"floor_us\": " << r.floor_us << ", \"schedule_us\": " << r.schedule_us << "}";
+  }
+  file << "\n]}\n";
+}
+
+Batch uniform(int seqs, int rows, int kv_len) { return Batch(seqs, Sequence{rows, kv_len, 0}); }
+
+// Rows of 1 to 32 and lengths of 64 to 8 times as long as the mean, shuffled; about the bytes of a
+// uniform batch of `kv_len`.
+Batch mixed(int seqs, int kv_len) {
+  std::mt19937 rng(11);
+  Batch batch;
+  double total = 0;
+  std::exponential_distribution<double> length(1.0);
+  for (int s = 0; s < seqs; ++s) {
+    int rows = 1 << std::uniform_int_distribution<int>(0, 5)(rng);
+    double len = std::min(8.0, length(rng) + 0.05);
+    total += len;
+    batch.push_back({rows, static_cast<int>(len * 1e4), 0});
+  }
+  for (Sequence& seq : batch) {
+    seq.kv_len = std::max(64, static_cast<int>(seq.kv_len * 1e-4 * kv_len * seqs / total));
+  }
+  return batch;
+}
+
+int main_with(int argc, char** argv) {
+  std::string json, only;
+  int replays = 15;
+  bool quick = false;
+  for (int i = 1; i < argc; ++i) {
+    if (!std::strcmp(argv[i], "--json") && i + 1 < argc) json = argv[++i];
+    if (!std::strcmp(argv[i], "--only") && i + 1 < argc) only = argv[++i];
+    if (!std::strcmp(argv[i], "--quick")) quick = true;
+  }
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::printf("no GPU\n");
+    return 0;
+  }
+  Bench bench(replays);
+  bench.print_peaks();
+  std::vector<Result> results;
+  auto add = [&](const std::string& name, const Batch& batch) {
+    results.push_back(bench.run(name, batch));
+    print(results.back());
+  };
+  auto wants = [&](const char* part) { return only.empty() || only == part; };
+  std::printf("%-26s %6s %8s %8s %8s %7s %6s %7s %6s\n", "case", "rows", "us", "layer us",
+              "floor us", "of it", "GB/s", "TFLOP/s", "sched");
+  if (wants("grid")) {
+    for (int kv_len : {4096, 1024}) {
+      for (int rows : {1, 2, 4, 8, 16, 32}) {
+        for (int seqs : {1, 8, 32, 64, 128, 256}) {
+          if (quick && (rows == 2 || rows == 4 || seqs == 64 || seqs == 256)) continue;
+          add(concat("kv ", kv_len, " c ", rows, " b ", seqs), uniform(seqs, rows, kv_len));
+        }
+      }
+    }
+  }
+  if (wants("ragged")) {
+    for (int seqs : {32, 128}) {
+      Batch batch = mixed(seqs, 2048);
+      int rows = 0, tokens = 0;
+      for (const Sequence& seq : batch) rows += seq.rows, tokens += seq.kv_len;
+      add(concat("uniform like mixed b ", seqs), uniform(seqs, rows / seqs, tokens / seqs));
+      add(concat("mixed b ", seqs), batch);
+    }
+    Batch outlier(64, Sequence{8, 320, 0});
+    outlier[17].kv_len = 32000;
+    add("uniform like outlier", uniform(64, 8, (63 * 320 + 32000) / 64));
+    add("one 100x longer", outlier);
+  }
+  if (wants("prefill")) {
+    for (int rows : {512, 2048, 8192}) {
+      add(concat("prefill ", rows), {{rows, rows, 32}});
+    }
+    add("prefill 4 x 2048", Batch(4, Sequence{2048, 2048, 32}));
+    add("prefill 2048 at 16384", {{2048, 16384, 32}});
+    Batch both = uniform(64, 8, 2048);
+    both.push_back({1024, 4096, 32});
+    add("decode 64 + prefill 1024", both);
+  }
+  if (!json.empty()) write_json(json, bench, results);
+  return 0;
+}
+
+}  // namespace
+}  // namespace optimus::bench
+
+int main(int argc, char** argv) { return optimus::bench::main_with(argc, argv); }

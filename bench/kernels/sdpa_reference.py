@@ -1,0 +1,102 @@
+"""Times what the GPU's libraries do on the same shapes, to set beside bench_block_attention_cuda.
+
+    python bench/kernels/sdpa_reference.py [--bench FILE.json] [--json FILE]
+
+Per (KV length, chunk, batch): torch's scaled_dot_product_attention, its best backend, on contiguous
+KV with the query heads of a KV head packed into rows (what chunk decoding would cost without
+pages, limits or raggedness); replayed from a CUDA graph over KV larger than the L2. Also the bf16
+matrix-product peak. With --bench it prints both side by side.
+"""
+
+import argparse
+import json
+import statistics
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+ROTATED_BYTES = 512 << 20
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+
+
+def replay_us(body, replays=15):
+    """Median microseconds of one replay of `body`, captured in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        body()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(replays + 2):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times[2:])
+
+
+def gemm_tflops(n=8192):
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / replay_us(lambda: torch.mm(a, b, out=out), 30) * 1e-6
+
+
+def sdpa_us(kv_len, rows, batch):
+    kv_bytes = batch * kv_len * KV_HEADS * HEAD_DIM * 4
+    calls = max(1, min(24, -(-ROTATED_BYTES // kv_bytes)))
+    packed = rows * Q_HEADS // KV_HEADS
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    q = torch.randn(batch, KV_HEADS, packed, HEAD_DIM, **options)
+    kv = [
+        tuple(torch.randn(batch, KV_HEADS, kv_len, HEAD_DIM, **options) for _ in range(2))
+        for _ in range(calls)
+    ]
+    best = float("inf")
+    for backend in BACKENDS:
+
+        def body(backend=backend):
+            with sdpa_kernel(backend):
+                for k, v in kv:
+                    torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+        best = min(best, replay_us(body) / calls)
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--bench", help="JSON of bench_block_attention_cuda")
+    parser.add_argument("--json", help="write the times here")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[8, 16, 32])
+    args = parser.parse_args()
+    ours = {}
+    if args.bench:
+        with open(args.bench) as file:
+            ours = {result["name"]: result for result in json.load(file)["results"]}
+    peak = gemm_tflops()
+    print(f"bf16 matrix product {peak:.0f} TFLOP/s")
+    results = {}
+    for kv_len in (4096, 1024):
+        for rows in args.chunks:
+            for batch in (1, 8, 32, 128):
+                name = f"kv {kv_len} c {rows} b {batch}"
+                results[name] = sdpa_us(kv_len, rows, batch)
+                mine = ours.get(name)
+                beside = f", ours {mine['layer_us']:.1f} us" if mine else ""
+                print(f"{name}: SDPA {results[name]:.1f} us{beside}", flush=True)
+    for name, result in ours.items():
+        if "prefill" in name:
+            tflops = result["flops"] / result["layer_us"] * 1e-6
+            print(f"{name}: {tflops:.0f} TFLOP/s, {100 * tflops / peak:.0f}% of the product's")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"gemm_tflops": peak, "sdpa_us": results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

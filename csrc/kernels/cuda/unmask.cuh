@@ -1,0 +1,131 @@
+// What the three kernels of unmask share: which rows are real, and how a row of logits is read.
+//
+// A row's columns are cut into tiles of equal length, at most kTileColumns, by the vocabulary alone:
+// every sum has a fixed order, whatever else is in the batch.
+#pragma once
+
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/vector.cuh"
+#include "kernels/noise.h"
+
+namespace optimus::cuda::unmasking {
+
+constexpr int kScanThreads = 256;
+constexpr int kScanChunks = 4;  // per thread
+constexpr int kTileColumns = kScanThreads * kScanChunks * kChunk;
+constexpr float kLog2E = 1.4426950408889634f;
+// Smaller logits (-inf too) count as this one: no weight, and no infinities in the sums.
+constexpr float kLowest = -1e20f;
+// Above any Gumbel noise: u <= 1 - 2^-24.
+constexpr float kMaxNoise = 16.64f;
+
+// What a tile, and then a row, adds up to; x = logit, m = largest logit.
+struct RowSums {
+  float max;        // m
+  float sum;        // of exp((x - m) * scale)
+  float weighted;   // of exp((x - m) * scale) * (x - m)
+  float plain_sum;  // of exp(x - m)
+  float noisy;      // largest x * scale + noise, of `sampled`
+  int32_t argmax;   // the lowest column that reaches m
+  int32_t sampled;
+  int32_t unused;
+};
+static_assert(sizeof(RowSums) == 32);
+
+inline int num_tiles(int vocab_size) { return ceil_div(vocab_size, kTileColumns); }
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Better than `best`, or as good at a lower column: the maximum that a scan in order finds.
+__device__ __forceinline__ bool is_better(float value, int32_t column, float best,
+                                          int32_t best_column) {
+  return value > best || (value == best && column < best_column);
+}
+
+// Slot of a logits row, or -1 for padding and rows behind the real ones.
+__device__ __forceinline__ int slot_of_row(const UnmaskParams& p, int row) {
+  if (row >= p.num_logit_rows) return -1;
+  if (p.num_logit_rows_device != nullptr && row >= *p.num_logit_rows_device) return -1;
+  return p.logit_slots[row];
+}
+
+struct Sampling {
+  float scale;    // 1 / temperature, or 1
+  bool sampled;   // temperature > 0
+  bool filtered;  // sampled, from a top-k or top-p set
+  int top_k;      // 0 = off
+  float top_p;    // 1 = off
+};
+__device__ __forceinline__ Sampling sampling_of(const UnmaskParams& p, int slot) {
+  Sampling s{1.0f, false, false, 0, 1.0f};
+  const float temperature = p.state.temperature[slot];
+  if (!(temperature > 0.0f)) return s;
+  s.scale = 1.0f / temperature;
+  s.sampled = true;
+  const int top_k = p.state.top_k[slot];
+  if (top_k > 0 && top_k < p.vocab_size) s.top_k = top_k;
+  s.top_p = p.state.top_p[slot];
+  s.filtered = s.top_k > 0 || s.top_p < 1.0f;
+  return s;
+}
+
+__device__ __forceinline__ uint64_t noise_key_of(const UnmaskParams& p, int row, int slot) {
+  return noise_key(p.state.seed[slot], p.state.block_start[slot] + p.logit_offsets[row],
+                   p.state.denoise_step[slot]);
+}
+
+// As the CPU twin rounds it: product and sum apart. A call, since it is long and used in loops that
+// are unrolled for their registers.
+static __device__ __noinline__ float noisy_logit(float scaled, uint64_t key, int32_t column) {
+  return __fadd_rn(scaled, gumbel_noise(key, column));
+}
+
+// A row of logits in chunks. kVector: rows are 16-byte aligned and padded to whole chunks.
+template <class T, bool kVector>
+struct LogitsRow {
+  const T* data;
+  int vocab_size;
+
+  __device__ LogitsRow(const UnmaskParams& p, int row) : vocab_size(p.vocab_size) {
+    const int stride = p.logits_stride > 0 ? p.logits_stride : p.vocab_size;
+    data = static_cast<const T*>(p.logits) + size_t(row) * stride;
+  }
+  __device__ int num_chunks() const { return (vocab_size + kChunk - 1) / kChunk; }
+
+  __device__ RawChunk<T> load(int chunk) const {
+    if constexpr (kVector) {
+      return load_chunk(data + chunk * kChunk);
+    } else {
+      float values[kChunk];
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        int column = chunk * kChunk + j;
+        values[j] = column < vocab_size ? load_element(data + column) : kLowest;
+      }
+      RawChunk<T> raw;
+      pack(values, raw);
+      return raw;
+    }
+  }
+  // The chunk's logits, none below kLowest; columns behind the vocabulary hold -infinity.
+  __device__ void unpack_from(const RawChunk<T>& raw, int chunk, float (&out)[kChunk]) const {
+    unpack(raw, out);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      out[j] = chunk * kChunk + j < vocab_size ? fmaxf(out[j], kLowest) : -INFINITY;
+    }
+  }
+};
+
+void launch_scan(const UnmaskParams& params, RowSums* tiles, bool vector, cudaStream_t stream);
+void launch_finish(const UnmaskParams& params, const RowSums* tiles, bool vector,
+                   cudaStream_t stream);
+void launch_decide(const UnmaskParams& params, cudaStream_t stream);
+
+}  // namespace optimus::cuda::unmasking

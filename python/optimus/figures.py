@@ -1,0 +1,325 @@
+"""Figures of benchmark reports (`optimus bench ... --output`). Needs the extra "bench".
+
+optimus bench figures REPORT.json --output DIR
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from .figure_parts import (
+    BLUE,
+    GREY,
+    INK,
+    LINE,
+    ORANGE,
+    PX_PER_INCH,
+    STYLE,
+    WIDTH,
+    Report,
+    Row,
+    arm_label,
+    arm_style,
+    label_ends,
+    longest_chunk,
+    modes_of,
+    set_load_axis,
+    subtitle,
+    write_heading,
+    write_note,
+)
+
+
+def draw_report(report: Report, directory: Path, prefix: str = "") -> list[Path]:
+    """Every figure that the report has data for, as PNG and SVG; returns the files.
+
+    Raises ValueError for a report of an unknown kind.
+    """
+    kinds = {"offline": _offline_figures, "serving": _serving_figures}
+    kind = report.get("kind", "offline")
+    if kind not in kinds:
+        raise ValueError(f"[figures] kind must be one of {', '.join(kinds)}, got {kind!r}")
+    directory.mkdir(parents=True, exist_ok=True)
+    files = []
+    with plt.rc_context(STYLE):
+        for name, figure in kinds[kind](report):
+            for suffix in ("png", "svg"):
+                files.append(directory / f"{prefix}{name}.{suffix}")
+                metadata = {"Date": None} if suffix == "svg" else None
+                figure.savefig(files[-1], dpi=2 * PX_PER_INCH, metadata=metadata)
+            plt.close(figure)
+    return files
+
+
+def load_report(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is no report."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        report["rows"][0]["mode"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"[figures] {path} is no benchmark report: {error!r}") from None
+    return dict(report)
+
+
+def _offline_figures(report: Report) -> Iterator[tuple[str, Figure]]:
+    yield "throughput", throughput_over_load(report)
+    yield "accuracy_front", accuracy_front(report)
+    yield "accuracy", accuracy_bars(report)
+    if any(row.get("reliability") for row in report["rows"]):
+        yield "reliability", reliability(report)
+
+
+def _serving_figures(report: Report) -> Iterator[tuple[str, Figure]]:
+    from .arms import parse_arm
+
+    for row in report["rows"]:
+        if parse_arm(row["mode"]).is_elastic and row.get("timeline"):
+            name = re.sub(r"[^\w.]+", "_", f"timeline_{row['mode']}_{row['rate']:g}")
+            yield name, timeline(row)
+    if report.get("capacities"):
+        yield "capacity", capacity_bars(report)
+
+
+# -------------------------------------------------------------------------------------- offline
+
+
+def throughput_over_load(report: Report) -> Figure:
+    """Tokens per second over concurrency, an arm a line; accuracy beside each name."""
+    rows = report["rows"]
+    modes, loads = modes_of(rows), sorted({row["concurrency"] for row in rows})
+    figure, ax = plt.subplots(figsize=(WIDTH, 4.8))
+    ends: list[tuple[str, float, str]] = []
+    for mode in modes:
+        line = sorted((r for r in rows if r["mode"] == mode), key=lambda r: r["concurrency"])
+        style = arm_style(mode, longest_chunk(modes))
+        x, y = [r["concurrency"] for r in line], [r["tokens_per_second"] for r in line]
+        ax.plot(x, y, **style)
+        if any(r.get("highest", 0) > r.get("lowest", 0) for r in line):
+            low, high = [r["lowest"] for r in line], [r["highest"] for r in line]
+            ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        accuracy = line[-1]["accuracy"]["accuracy"]
+        ends.append((f"{arm_label(mode)}  {100 * accuracy:.1f}%", y[-1], style["color"]))
+    set_load_axis(ax, loads)
+    rates = [row["tokens_per_second"] for row in rows]
+    if max(rates) > 8 * min(rates):
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.set_ylim(0, 1.06 * max(rates))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    ax.set_ylabel("tokens per second")
+    ax.set_title("Throughput over load, with accuracy", pad=22)
+    write_note(ax, subtitle(report))
+    figure.subplots_adjust(left=0.085, right=0.75, top=0.86, bottom=0.12)
+    label_ends(ax, loads[-1], ends)
+    return figure
+
+
+def accuracy_front(report: Report) -> Figure:
+    """Accuracy against throughput, a panel per load; the front joins what nothing beats in both."""
+    rows = report["rows"]
+    modes, loads = modes_of(rows), sorted({row["concurrency"] for row in rows})
+    columns = min(len(loads), 3)
+    lines = -(-len(loads) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(WIDTH, 0.9 + 2.6 * lines), sharey=True, squeeze=False
+    )
+    for ax in axes.flat[len(loads) :]:
+        ax.set_visible(False)
+    for ax, load in zip(axes.flat, loads):
+        here = [row for row in rows if row["concurrency"] == load]
+        front = pareto_front([(r["tokens_per_second"], r["accuracy"]["accuracy"]) for r in here])
+        ax.plot([x for x, _ in front], [100 * y for _, y in front], color=LINE, linewidth=5,
+                zorder=1, solid_capstyle="round")  # fmt: skip
+        for row in here:
+            style = arm_style(row["mode"], longest_chunk(modes))
+            score = row["accuracy"]
+            x, y = row["tokens_per_second"], 100 * score["accuracy"]
+            marker = style["marker"] or "x"
+            ax.plot(x, y, linestyle="", color=style["color"], zorder=style["zorder"],
+                    marker="o" if marker == "." else marker, markersize=7)  # fmt: skip
+        ax.set_title(f"{load} at once", fontsize=10.5)
+        ax.set_xlim(0, 1.12 * max(r["tokens_per_second"] for r in here))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        ax.xaxis.set_major_locator(plt.MaxNLocator(4))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("exact match, %")
+    for ax in axes[-1]:
+        ax.set_xlabel("tokens per second")
+    write_heading(figure, "Accuracy against throughput", subtitle(report))
+    handles = [
+        plt.Line2D([], [], linestyle="", markersize=7, color=s["color"], label=arm_label(mode),
+                   marker={"": "x", ".": "o"}.get(s["marker"], s["marker"]))
+        for mode, s in ((m, arm_style(m, longest_chunk(modes))) for m in modes)
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="lower center", ncols=min(5, len(handles)), fontsize=9.5)
+    figure.tight_layout(rect=(0, 0.13 if len(handles) > 5 else 0.08, 1, 0.9), h_pad=1.5)
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other point beats or equals in both coordinates, by ascending first one."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front[::-1]
+
+
+def accuracy_bars(report: Report) -> Figure:
+    """Exact match of every arm with its 95% interval, at the highest load."""
+    load = max(row["concurrency"] for row in report["rows"])
+    rows = [row for row in report["rows"] if row["concurrency"] == load][::-1]
+    modes = modes_of(rows)
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.5 + 0.33 * len(rows)))
+    for i, row in enumerate(rows):
+        score = {k: 100 * row["accuracy"][k] for k in ("accuracy", "low", "high")}
+        style = arm_style(row["mode"], longest_chunk(modes))
+        ax.plot([score["low"], score["high"]], [i, i], color=style["color"], linewidth=2.4,
+                solid_capstyle="round", zorder=2)  # fmt: skip
+        ax.plot(score["accuracy"], i, marker="o", markersize=7, color=style["color"], zorder=3)
+        ax.text(1.01, i, f"{score['accuracy']:.1f}", va="center", fontsize=10,
+                transform=ax.get_yaxis_transform())  # fmt: skip
+    block = next((row for row in rows if row["mode"] == "block"), None)
+    if block is not None:
+        ax.axvline(100 * block["accuracy"]["accuracy"], color=ORANGE, linewidth=1, zorder=1,
+                   linestyle=(0, (4, 3)))  # fmt: skip
+    ax.set_yticks(range(len(rows)), [arm_label(row["mode"]) for row in rows])
+    ax.tick_params(axis="y", labelcolor=INK)
+    ax.grid(axis="y", visible=False)
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.set_xlabel("exact match, % (95% interval); dashed: block decoding")
+    ax.set_title("Accuracy", pad=22)
+    prompts = rows[0]["num_prompts"]
+    write_note(ax, f"{prompts} paired prompts, {load} requests at once; {subtitle(report)}")
+    figure.tight_layout()
+    return figure
+
+
+def reliability(report: Report) -> Figure:
+    """Expected against realised commits: by predicted probability, and by rank of the mask."""
+    rows = [row for row in report["rows"] if row.get("reliability")]
+    modes = modes_of(rows)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.2), width_ratios=(1, 1.25))
+    left.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    for mode in modes:
+        style = arm_style(mode)
+        runs = [row["reliability"] for row in rows if row["mode"] == mode]
+        bins = _pooled([run["by_probability"] for run in runs])
+        most = max((count for count, _, _ in bins), default=1)
+        x, y, sizes = [], [], []
+        for count, predicted, committed in bins:
+            if count >= 20:
+                x.append(predicted / count)
+                y.append(committed / count)
+                sizes.append(18 + 150 * count / most)
+        left.plot(x, y, color=style["color"], linewidth=1.2, zorder=2)
+        left.scatter(x, y, s=sizes, color=style["color"], marker=style["marker"], alpha=0.85,
+                     zorder=3, label=arm_label(mode), linewidth=0)  # fmt: skip
+        ranks = _pooled([run["by_rank"] for run in runs])
+        known = [(i + 1, p / n, c / n) for i, (n, p, c) in enumerate(ranks) if n >= 20]
+        right.plot([r for r, _, _ in known], [p for _, p, _ in known], color=style["color"],
+                   linewidth=1.4, linestyle=(0, (3, 2)))  # fmt: skip
+        right.plot([r for r, _, _ in known], [c for _, _, c in known], color=style["color"],
+                   marker=style["marker"], markersize=4.5, linewidth=1.4)  # fmt: skip
+    left.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="predicted probability of a commit",
+             ylabel="share that committed")  # fmt: skip
+    left.set_title("By prediction (area: masks)", fontsize=10.5)
+    left.legend(loc="upper left", fontsize=9.5)
+    right.set(ylim=(0, 1.03), xlabel="rank of the mask in its chunk", ylabel="commits per mask")
+    right.set_title("By rank: realised (solid), expected (dashed)", fontsize=10.5)
+    write_heading(figure, "Expected against realised commits", subtitle(report))
+    figure.tight_layout(rect=(0, 0, 1, 0.88), w_pad=2.5)
+    return figure
+
+
+def _pooled(runs: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float, float]]:
+    """(count, predicted, committed) per bin, summed over runs."""
+    width = max((len(run) for run in runs), default=0)
+    bins = [[run[i] for run in runs if i < len(run)] for i in range(width)]
+    return [(sum(b[0] for b in bin), sum(b[1] for b in bin), sum(b[2] for b in bin))
+            for bin in bins]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- serving
+
+
+def timeline(row: Row) -> Figure:
+    """Load above, chunk length below, over the time of one run."""
+    data = row["timeline"]
+    time_s = data["time_s"]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(WIDTH, 5.0), sharex=True, height_ratios=(1, 1.05)
+    )
+    top.fill_between(time_s, data["decoding"], color=BLUE, alpha=0.25, linewidth=0, step="mid")
+    top.step(time_s, data["decoding"], where="mid", color=BLUE, linewidth=1.8)
+    top.set_ylabel("requests")
+    ends = [("decoding", data["decoding"], BLUE)]
+    if max(data["waiting"]) > 0:
+        top.step(time_s, data["waiting"], where="mid", color=ORANGE, linewidth=1.5)
+        ends.append(("waiting", data["waiting"], ORANGE))
+    top.set_ylim(0, 1.1 * max(1.0, *data["decoding"], *data["waiting"]))
+    top.legend(
+        handles=[plt.Line2D([], [], color=c, linewidth=2, label=name) for name, _, c in ends],
+        loc="upper right", ncols=2, fontsize=9.5,
+    )  # fmt: skip
+    known = [i for i, c in enumerate(data["chunk_mean"]) if c is not None]
+    x = [time_s[i] for i in known]
+    bottom.fill_between(
+        x, [data["chunk_p10"][i] for i in known], [data["chunk_p90"][i] for i in known],
+        color=GREY, alpha=0.18, linewidth=0, step="mid",
+    )  # fmt: skip
+    means = [data["chunk_mean"][i] for i in known]
+    bottom.step(x, means, where="mid", color=INK, linewidth=1.8)
+    bottom.set_yscale("log", base=2)
+    longest = max([data["chunk_p90"][i] for i in known], default=2)
+    ticks = [1 << i for i in range(max(2, int(longest).bit_length() + 1))]
+    bottom.set_yticks(ticks, [str(t) for t in ticks])
+    bottom.yaxis.set_minor_formatter(NullFormatter())
+    bottom.set_ylim(0.9, 1.15 * max(ticks[-2], longest))
+    bottom.set(xlabel="seconds", ylabel="masks per request and step")
+    bottom.set_xlim(0, time_s[-1] + data["bin_s"] / 2)
+    top.set_title(f"{arm_label(row['mode']).capitalize()}: load and chunk length over time", pad=22)
+    write_note(
+        top, f"{row['rate']:g} requests per second; line: mean, band: 10th to 90th percentile"
+    )
+    figure.tight_layout(h_pad=1.2)
+    return figure
+
+
+def capacity_bars(report: Report) -> Figure:
+    """Requests per second at which enough requests meet the SLO."""
+    capacities = report["capacities"]
+    modes = list(capacities)[::-1]
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.5 + 0.38 * len(modes)))
+    most = max([capacities[m]["rate"] for m in modes] + [1e-9])
+    for i, mode in enumerate(modes):
+        rate = capacities[mode]["rate"]
+        style = arm_style(mode, longest_chunk(modes))
+        ax.barh(i, rate, height=0.62, color=style["color"], zorder=2)
+        ax.text(rate + 0.01 * most, i, f"{rate:.3g}", va="center", fontsize=10.5)
+    ax.set_yticks(range(len(modes)), [arm_label(mode) for mode in modes])
+    ax.tick_params(axis="y", labelcolor=INK)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlim(0, 1.1 * most)
+    ax.set_xlabel("requests per second")
+    share = next(iter(capacities.values()))["share"]
+    ax.set_title("Serving capacity", pad=22)
+    slo = report.get("slo", {})
+    names = {"ttft_ms": "TTFT", "tpot_ms": "time per token"}
+    limits = [f"{names[k]} {v:g} ms" for k, v in slo.items() if v is not None]
+    write_note(ax, f"{100 * share:.0f}% of requests within {', '.join(limits)}; {subtitle(report)}")
+    figure.tight_layout()
+    return figure

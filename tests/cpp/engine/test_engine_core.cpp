@@ -1,0 +1,167 @@
+// EngineCore driven by hand: clocks that jump back or are no number, the step log, and what the
+// core tells its models.
+#include "engine/simulated_runs.h"
+#include "kernels/cpu/kernels.h"
+
+namespace optimus {
+namespace {
+
+using namespace testing;
+
+constexpr int kB = 8;
+
+// Runs steps of a core with candidates of confidence 0.95, as the simulator does.
+class CoreDriver {
+ public:
+  explicit CoreDriver(EngineConfig config)
+      : core(config, 100),
+        buffers_(core.config(), core.scheduler().pages_for(config.max_model_len)),
+        threads_(1) {}
+
+  StepOutput step(double plan_s, double forward_ms, double end_s) {
+    const StepPlan& plan = core.plan(plan_s);
+    EXPECT_FALSE(plan.seqs.empty());
+    cpu::build_rows(buffers_.write_plan(plan, 0), threads_);
+    for (int i = 0; i < buffers_.num_logit_rows(); ++i) {
+      buffers_.candidates().token_ids[i] = 1;
+      buffers_.candidates().confidence[i] = 0.95f;
+      buffers_.candidates().logprob[i] = buffers_.candidates().entropy[i] = 0.05f;
+    }
+    cpu::commit_candidates(buffers_.unmask_params(nullptr, 100, DType::float32));
+    return core.update(buffers_.result(), forward_ms, end_s);
+  }
+
+  EngineCore core;
+
+ private:
+  DecodeBuffers buffers_;
+  ThreadPool threads_;
+};
+
+EngineConfig core_config(DecodeMode mode = DecodeMode::elastic) {
+  EngineConfig config;
+  config.decode_mode = mode;
+  config.block_length = config.page_size = kB;
+  config.max_num_seqs = 4;
+  config.max_num_batched_rows = 64;
+  config.max_model_len = 512;
+  return config;
+}
+
+LatencyProfile flat_profile() {
+  LatencyProfile profile;
+  profile.decode = {{1, 2.0}, {64, 2.0}};
+  return profile;
+}
+
+TEST(EngineCore, AClockThatJumpsBackTurnsNothingNegative) {
+  for (bool with_profile : {false, true}) {
+    CoreDriver driver(core_config());
+    if (with_profile) driver.core.latency().set_profile(flat_profile());
+    const uint64_t id =
+        driver.core.add_request(std::vector<int32_t>(20, 1), simulated_params(60), 100.0);
+    double last_start = 0;
+    const double nan = std::nan(""), inf = std::numeric_limits<double>::infinity();
+    const double clocks[] = {99.0, 101.0, -5.0, nan, inf, -inf, 101.5, 0.0, 102.0, 3.0};
+    for (int i = 0; driver.core.has_unfinished(); ++i) {
+      ASSERT_LT(i, 100);
+      const StepRecord record = driver
+                                    .step(clocks[i % 10],
+                                          i % 3 == 0   ? -1.0
+                                          : i % 3 == 1 ? nan
+                                                       : 2.0,
+                                          clocks[(i * 7 + 3) % 10])
+                                    .record;
+      EXPECT_GE(record.start_s, last_start);
+      EXPECT_GE(record.step_ms, 0);
+      EXPECT_TRUE(std::isfinite(record.start_s) && std::isfinite(record.step_ms));
+      EXPECT_TRUE(std::isfinite(record.predicted_ms) && record.predicted_ms >= 0);
+      EXPECT_TRUE(record.chunk_length >= 0 && record.chunk_length <= kB);
+      last_start = record.start_s;
+    }
+    const RequestMetrics& metrics = driver.core.request(id).metrics;
+    EXPECT_EQ(metrics.arrival_s, 100.0);
+    EXPECT_GE(metrics.first_token_s, metrics.arrival_s);
+    EXPECT_GE(metrics.finish_s, metrics.first_token_s);
+    EXPECT_EQ(driver.core.request(id).output.size(), 60u);
+  }
+}
+
+TEST(EngineCore, HostTimeIsLearnedBetweenStepsThatFollowEachOther) {
+  CoreDriver driver(core_config());
+  driver.core.latency().set_profile(flat_profile());
+  driver.core.add_request(std::vector<int32_t>(20, 1), simulated_params(200), 0.0);
+  double now_s = 0;
+  for (int i = 0; i < 12; ++i, now_s += 0.005) driver.step(now_s + 0.001, 2.0, now_s + 0.005);
+  EXPECT_NEAR(driver.core.latency().overhead_ms(), 3.0, 1e-6) << "5 ms a step, 2 of them forward";
+  EXPECT_NEAR(driver.core.latency().predict({8, 0, 0}), 5.0, 0.01);
+  // An idle engine is not a slow one.
+  while (driver.core.has_unfinished()) {
+    driver.step(now_s + 0.001, 2.0, now_s + 0.005);
+    now_s += 0.005;
+  }
+  for (int i = 0; i < 10; ++i) {
+    now_s += 1000;
+    driver.core.add_request(std::vector<int32_t>(8, 1), simulated_params(1), now_s);
+    while (driver.core.has_unfinished()) {
+      driver.step(now_s + 0.001, 2.0, now_s + 0.005);
+      now_s += 0.005;
+    }
+  }
+  EXPECT_NEAR(driver.core.latency().overhead_ms(), 3.0, 1e-3);
+}
+
+TEST(EngineCore, StepLogIsARingInOrder) {
+  for (int capacity : {0, 1, 5, 1000}) {
+    EngineConfig config = core_config(DecodeMode::chunk);
+    config.step_log_size = capacity;
+    CoreDriver driver(config);
+    driver.core.add_request(std::vector<int32_t>(20, 1), simulated_params(100), 0.0);
+    std::vector<StepRecord> all;
+    for (int i = 0; driver.core.has_unfinished(); ++i) {
+      all.push_back(driver.step(i, 2.0, i + 0.5).record);
+      const std::vector<StepRecord> kept = driver.core.log().records();
+      ASSERT_EQ(kept.size(), std::min(all.size(), size_t(capacity)));
+      for (size_t k = 0; k < kept.size(); ++k) {
+        const StepRecord& expected = all[all.size() - kept.size() + k];
+        ASSERT_EQ(kept[k].step, expected.step);
+        ASSERT_EQ(kept[k].commits, expected.commits);
+      }
+    }
+    EXPECT_EQ(all.front().step, 1u);
+    EXPECT_EQ(all.back().step, all.size());
+    driver.core.log().clear();
+    EXPECT_TRUE(driver.core.log().records().empty());
+  }
+}
+
+TEST(EngineCore, RecordsAddUp) {
+  CoreDriver driver(core_config(DecodeMode::elastic_per_request));
+  driver.core.latency().set_profile(flat_profile());
+  for (int i = 0; i < 3; ++i) {
+    driver.core.add_request(std::vector<int32_t>(10 + i, 1), simulated_params(50), 0.0);
+  }
+  int commits = 0;
+  for (int i = 0; driver.core.has_unfinished(); ++i) {
+    const StepOutput output = driver.step(i, 2.0, i + 0.5);
+    const StepRecord& record = output.record;
+    int in_updates = 0, lengths = 0;
+    for (const RequestUpdate& update : output.updates) {
+      in_updates += static_cast<int>(update.commits.size());
+    }
+    for (uint16_t length : record.chunk_lengths) lengths += length;
+    EXPECT_EQ(record.commits, in_updates);
+    EXPECT_EQ(record.logit_rows, lengths);
+    EXPECT_EQ(record.num_decoding, static_cast<int>(record.chunk_lengths.size()));
+    EXPECT_EQ(record.arms.empty(), record.num_decoding == 0);
+    EXPECT_GT(record.predicted_ms, 0);
+    commits += record.commits;
+  }
+  EXPECT_EQ(commits, 150);
+  CommitModel::Reliability sum;
+  for (const auto& bin : driver.core.commits().reliability()) sum.count += bin.count;
+  EXPECT_GE(sum.count, 150) << "every evaluated mask was learned from";
+}
+
+}  // namespace
+}  // namespace optimus
