@@ -19,6 +19,7 @@ from optimus.calibrate import tasks_hash
 from optimus.calibration import Arm, Calibration
 from optimus.config import DEMO_MODEL, load_checkpoint
 from optimus.evaluate import load_tasks
+from optimus.grow import weights_sha256
 
 
 def convert(table: dict[str, Any]) -> Calibration:
@@ -30,6 +31,7 @@ def convert(table: dict[str, Any]) -> Calibration:
     block = {a["threshold"]: a for a in table["arms"] if a["mode"] == "block"}
     found = Calibration(
         model_hash(path),
+        weights_sha256(path),
         checkpoint.block_length or 1,
         {
             "tasks_hash": tasks_hash(tasks),

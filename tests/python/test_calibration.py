@@ -25,6 +25,7 @@ from optimus.calibration import (
 from optimus.cli import main
 from optimus.config import DEMO_MODEL, load_checkpoint
 from optimus.evaluate import Task, load_tasks
+from optimus.grow import weights_sha256
 
 PROFILE = [(1, 1.0), (256, 2.0)]
 
@@ -64,7 +65,15 @@ def arm(threshold: float, chunk_length: int | None, refresh: bool, results: str,
 
 
 def calibration_of(checkpoint: Path, *arms: Arm) -> Calibration:
-    return Calibration(model_hash(checkpoint), 8, {"num_prompts": 4}, {}, None, list(arms))
+    return Calibration(
+        model_hash(checkpoint),
+        weights_sha256(checkpoint),
+        8,
+        {"num_prompts": 4},
+        {},
+        None,
+        list(arms),
+    )
 
 
 def test_paired_difference() -> None:
@@ -201,7 +210,7 @@ def test_where_it_is_found(
     in_model.write_text("broken")
     found = load_calibration(loaded)
     assert found is not None and found.file == in_cache
-    Calibration("f" * 64, 8, {}, {}, None).save(in_model)
+    Calibration("f" * 64, "f" * 64, 8, {}, {}, None).save(in_model)
     found = load_calibration(loaded)
     assert found is not None and found.file == in_cache
     assert ["is no calibration" in m or "of another model" in m for m in caplog.messages] == [
@@ -210,6 +219,27 @@ def test_where_it_is_found(
     ]
     with pytest.raises(ValueError, match="is of another model"):
         LLM(model, calibration=in_model, latency_profile=PROFILE)
+
+
+def test_a_grown_model_takes_its_parents(checkpoint: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    config = json.loads((model / "config.json").read_text())
+
+    def grown_from(weights: str) -> None:
+        origin = {"name": "parent", "weights_sha256": weights, "to": "itself", "seed": 0}
+        changed = config | {"block_size": 32, "grown_from": origin}
+        (model / "config.json").write_text(json.dumps(changed))
+
+    grown_from(weights_sha256(DEMO_MODEL))
+    found = load_calibration(load_checkpoint(model))
+    assert found is not None and found.file == DEMO_MODEL / "calibration.json"
+    options: dict[str, Any] = {"latency_profile": PROFILE, "calibration": found.file}
+    assert LLM(model, **options).calibration is not None
+    grown_from("f" * 64)
+    assert load_calibration(load_checkpoint(model)) is None
+    with pytest.raises(ValueError, match="is of another model"):
+        LLM(model, **options)
 
 
 def chosen_lengths(llm: LLM) -> set[int]:
