@@ -7,8 +7,8 @@
 // that finds itself in a hard stretch: a ratio does not price what the time would buy elsewhere.)
 // Masks of a request must be taken in order, so its rows form segments whose mean gain falls (pool
 // adjacent violators); then the greedy order over all requests is optimal for each number of rows.
-// Time is a step function below each graph size, so every level of gain and every graph size in
-// reach is tried.
+// Time is a step function of the graph sizes, or a line between measured points; within a level of
+// gain the best number of rows is then at one of them or at an end, so these are tried.
 #include <algorithm>
 #include <cmath>
 
@@ -139,19 +139,17 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
     have_best = true;
   };
   try_stop(kLevels, 0, taken_rows, taken_commits);
+  const std::vector<LatencyProfile::Point>& corners = latency.profile().decode;
+  auto corner = corners.begin();
   for (int level = kLevels - 1; level >= 0; --level) {
     if (rows[level] == 0) continue;
     const double gain = gains[level] / rows[level];
     const double growth = 1 + gain * per_commit;
     const double before = taken_rows + taken_commits * per_commit;
     const double after = before + rows[level] * growth;
-    if (latency.profile().is_padded) {
-      for (int edge = latency.padded_rows(static_cast<int>(std::ceil(before)));
-           edge < after && edge < latency.profile().decode.back().rows;
-           edge = latency.padded_rows(edge + 1)) {
-        const double x = std::floor((edge - before) / growth);
-        if (x > 0) try_stop(level, x, taken_rows + x, taken_commits + x * gain);
-      }
+    for (; corner != corners.end() && corner->rows < after; ++corner) {
+      const double x = std::floor((corner->rows - before) / growth);
+      if (x > 0) try_stop(level, x, taken_rows + x, taken_commits + x * gain);
     }
     taken_rows += rows[level];
     taken_commits += gains[level];
