@@ -30,6 +30,7 @@ class _Bin:
     rows: int = 0
     steps: int = 0
     commits: int = 0
+    chosen: Counter[int] = field(default_factory=Counter)
     chunks: Counter[int] = field(default_factory=Counter)
 
 
@@ -51,6 +52,8 @@ class Timeline:
         entry.steps += 1
         entry.commits += record.commits
         entry.chunks.update(record.chunk_lengths)
+        if record.num_decoding:
+            entry.chosen[record.chunk_length] += 1
 
     @property
     def chunk_histogram(self) -> dict[int, int]:
@@ -64,19 +67,18 @@ class Timeline:
         """One list per quantity, an entry per bin from the start to the last step or arrival.
 
         time_s: middle of the bin. arrivals, tokens: per second. decoding, waiting: requests, mean
-        over the time in steps. rows: mean per step. chunk_mean, chunk_p10, chunk_p90: masks that a
-        request evaluates in a step; None in a bin without decoding.
+        over the time in steps. rows: mean per step. chosen: the policy's chunk length, mean over
+        steps (per request: the longest). chunk_mean, chunk_p10, chunk_p90: masks that a request
+        really evaluated in a step, fewer at the end of its block. None in a bin without decoding.
         """
         arriving = Counter(int(a.arrival_s / self.bin_s) for a in arrivals)
         columns: dict[str, list[float | None]] = {
             name: []
             for name in ("time_s", "arrivals", "tokens", "decoding", "waiting", "rows",
-                         "chunk_mean", "chunk_p10", "chunk_p90")
+                         "chosen", "chunk_mean", "chunk_p10", "chunk_p90")
         }  # fmt: skip
         for i in range(1 + max([*self._bins, *arriving], default=0)):
             entry = self._bins.get(i, _Bin())
-            count = entry.chunks.total()
-            masks = sum(c * n for c, n in entry.chunks.items())
             values = {
                 "time_s": (i + 0.5) * self.bin_s,
                 "arrivals": arriving[i] / self.bin_s,
@@ -84,13 +86,19 @@ class Timeline:
                 "decoding": entry.decoding_ms / entry.ms if entry.ms > 0 else 0.0,
                 "waiting": entry.waiting_ms / entry.ms if entry.ms > 0 else 0.0,
                 "rows": entry.rows / entry.steps if entry.steps else 0.0,
-                "chunk_mean": masks / count if count else None,
+                "chosen": _counted_mean(entry.chosen),
+                "chunk_mean": _counted_mean(entry.chunks),
                 "chunk_p10": _counted_percentile(entry.chunks, 10),
                 "chunk_p90": _counted_percentile(entry.chunks, 90),
             }
             for name, value in values.items():
                 columns[name].append(None if value is None else round(value, 4))
         return {"bin_s": self.bin_s, **columns}
+
+
+def _counted_mean(counts: Counter[int]) -> float | None:
+    total = counts.total()
+    return sum(value * count for value, count in counts.items()) / total if total else None
 
 
 def _counted_percentile(counts: Counter[int], percent: float) -> float | None:

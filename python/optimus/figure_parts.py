@@ -7,7 +7,7 @@ chunk lengths are context and stay grey.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ INK, GREY, LINE = "#1f2328", "#59636e", "#d1d9e0"
 ORANGE, BLUE, PURPLE, GREEN = "#d55e00", "#0072b2", "#b0509a", "#00795a"
 LIGHT_GREY, DARK_GREY = 0.78, 0.42  # of the shortest and the longest fixed chunk
 PX_PER_INCH = 100
+LABEL_GAP = 0.062  # of the height of the axes
 WIDTH = 9.0  # inches: the width of a README
 STYLE: dict[Any, Any] = {
     "font.family": ["sans-serif"],
@@ -109,16 +110,22 @@ def set_load_axis(ax: Axes, loads: Sequence[int]) -> None:
 
 
 def label_ends(ax: Axes, x: float, ends: Sequence[tuple[str, float, str]]) -> None:
-    """Names of lines at their right ends, moved apart where they would overlap."""
-    to_axes: Callable[[float], float] = lambda y: float(  # noqa: E731
-        ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1]
-    )
-    placed = spread([to_axes(y) for _, y, _ in ends], 0.062)
+    """Names of lines (name, y at the right end, colour) beside the axes, moved apart where they
+    would overlap."""
+
+    def height(y: float) -> float:
+        return float(ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1])
+
+    placed = spread([height(y) for _, y, _ in ends], LABEL_GAP)
+    placed = [at - max(0.0, max(placed) - 1.0) for at in placed]
     for (text, y, color), at in zip(ends, placed, strict=True):
+        is_grey = color.replace(".", "").isdecimal()
         ax.annotate(
-            text, (x, y), (1.035, at), textcoords="axes fraction", va="center", color=color,
-            fontsize=10, weight="bold" if color in (BLUE, PURPLE) else "normal",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkB": 5},
+            text, (x, y), (1.04, at), textcoords="axes fraction", va="center", fontsize=10,
+            color=GREY if is_grey else color,
+            weight="bold" if color in (BLUE, PURPLE) else "normal",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 2,
+                        "shrinkB": 5, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 

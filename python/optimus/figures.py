@@ -6,6 +6,7 @@ optimus bench figures REPORT.json --output DIR
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from .arms import parse_arm
 from .figure_parts import (
     BLUE,
     GREY,
@@ -82,12 +85,11 @@ def _offline_figures(report: Report) -> Iterator[tuple[str, Figure]]:
 
 
 def _serving_figures(report: Report) -> Iterator[tuple[str, Figure]]:
-    from .arms import parse_arm
-
+    is_ramp = report.get("arguments", {}).get("pattern") == "ramp"
     for row in report["rows"]:
         if parse_arm(row["mode"]).is_elastic and row.get("timeline"):
             name = re.sub(r"[^\w.]+", "_", f"timeline_{row['mode']}_{row['rate']:g}")
-            yield name, timeline(row)
+            yield name, timeline(row, is_ramp)
     if report.get("capacities"):
         yield "capacity", capacity_bars(report)
 
@@ -106,23 +108,24 @@ def throughput_over_load(report: Report) -> Figure:
         style = arm_style(mode, longest_chunk(modes))
         x, y = [r["concurrency"] for r in line], [r["tokens_per_second"] for r in line]
         ax.plot(x, y, **style)
-        if any(r.get("highest", 0) > r.get("lowest", 0) for r in line):
-            low, high = [r["lowest"] for r in line], [r["highest"] for r in line]
-            ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        low, high = [r.get("lowest") for r in line], [r.get("highest") for r in line]
+        if None not in low and low != high:
+            ax.vlines(x, low, high, color=style["color"], linewidth=1.2, alpha=0.5, zorder=1)
         accuracy = line[-1]["accuracy"]["accuracy"]
-        ends.append((f"{arm_label(mode)}  {100 * accuracy:.1f}%", y[-1], style["color"]))
+        ends.append((f"{arm_label(mode)}  {100 * accuracy:.1f}", y[-1], style["color"]))
     set_load_axis(ax, loads)
     rates = [row["tokens_per_second"] for row in rows]
     if max(rates) > 8 * min(rates):
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
-        ax.set_ylim(0, 1.06 * max(rates))
+        ax.set_ylim(0, 1.06 * max(row.get("highest") or row["tokens_per_second"] for row in rows))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     ax.set_ylabel("tokens per second")
     ax.set_title("Throughput over load, with accuracy", pad=22)
-    write_note(ax, subtitle(report))
-    figure.subplots_adjust(left=0.085, right=0.75, top=0.86, bottom=0.12)
+    write_note(ax, f"right: exact match, %, at the highest load; {subtitle(report)}")
+    figure.subplots_adjust(left=0.085, right=0.72, top=0.86, bottom=0.12)
     label_ends(ax, loads[-1], ends)
     return figure
 
@@ -227,7 +230,7 @@ def reliability(report: Report) -> Figure:
                 sizes.append(18 + 150 * count / most)
         left.plot(x, y, color=style["color"], linewidth=1.2, zorder=2)
         left.scatter(x, y, s=sizes, color=style["color"], marker=style["marker"], alpha=0.85,
-                     zorder=3, label=arm_label(mode), linewidth=0)  # fmt: skip
+                     zorder=3, label=arm_label(mode), linewidth=0, clip_on=False)  # fmt: skip
         ranks = _pooled([run["by_rank"] for run in runs])
         known = [(i + 1, p / n, c / n) for i, (n, p, c) in enumerate(ranks) if n >= 20]
         right.plot([r for r, _, _ in known], [p for _, p, _ in known], color=style["color"],
@@ -256,7 +259,7 @@ def _pooled(runs: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, floa
 # -------------------------------------------------------------------------------------- serving
 
 
-def timeline(row: Row) -> Figure:
+def timeline(row: Row, is_ramp: bool = False) -> Figure:
     """Load above, chunk length below, over the time of one run."""
     data = row["timeline"]
     time_s = data["time_s"]
@@ -266,37 +269,43 @@ def timeline(row: Row) -> Figure:
     top.fill_between(time_s, data["decoding"], color=BLUE, alpha=0.25, linewidth=0, step="mid")
     top.step(time_s, data["decoding"], where="mid", color=BLUE, linewidth=1.8)
     top.set_ylabel("requests")
-    ends = [("decoding", data["decoding"], BLUE)]
+    lines = [("decoding", BLUE)]
     if max(data["waiting"]) > 0:
         top.step(time_s, data["waiting"], where="mid", color=ORANGE, linewidth=1.5)
-        ends.append(("waiting", data["waiting"], ORANGE))
+        lines.append(("waiting", ORANGE))
     top.set_ylim(0, 1.1 * max(1.0, *data["decoding"], *data["waiting"]))
-    top.legend(
-        handles=[plt.Line2D([], [], color=c, linewidth=2, label=name) for name, _, c in ends],
-        loc="upper right", ncols=2, fontsize=9.5,
-    )  # fmt: skip
+    _line_legend(top, lines)
     known = [i for i, c in enumerate(data["chunk_mean"]) if c is not None]
     x = [time_s[i] for i in known]
-    bottom.fill_between(
-        x, [data["chunk_p10"][i] for i in known], [data["chunk_p90"][i] for i in known],
-        color=GREY, alpha=0.18, linewidth=0, step="mid",
-    )  # fmt: skip
-    means = [data["chunk_mean"][i] for i in known]
-    bottom.step(x, means, where="mid", color=INK, linewidth=1.8)
+    columns = {name: [data[name][i] for i in known]
+               for name in ("chosen", "chunk_mean", "chunk_p10", "chunk_p90")}  # fmt: skip
+    chosen, evaluated = "chosen", "evaluated, mean"
+    if row["mode"] == "elastic_per_request":
+        chosen, evaluated = "longest chosen", "evaluated, mean and 10th to 90th percentile"
+        bottom.fill_between(x, columns["chunk_p10"], columns["chunk_p90"], color=GREY, alpha=0.16,
+                            linewidth=0, step="mid")  # fmt: skip
+    bottom.step(x, columns["chunk_mean"], where="mid", color=GREY, linewidth=1.5)
+    bottom.step(x, columns["chosen"], where="mid", color=INK, linewidth=2)
+    _line_legend(bottom, [(chosen, INK), (evaluated, GREY)])
     bottom.set_yscale("log", base=2)
-    longest = max([data["chunk_p90"][i] for i in known], default=2)
-    ticks = [1 << i for i in range(max(2, int(longest).bit_length() + 1))]
+    longest = max([*columns["chunk_p90"], *columns["chosen"]], default=2)
+    ticks = [1 << i for i in range(max(2, math.ceil(math.log2(longest)) + 1))]
     bottom.set_yticks(ticks, [str(t) for t in ticks])
     bottom.yaxis.set_minor_formatter(NullFormatter())
-    bottom.set_ylim(0.9, 1.15 * max(ticks[-2], longest))
-    bottom.set(xlabel="seconds", ylabel="masks per request and step")
+    bottom.set_ylim(0.9, 1.15 * longest)
+    bottom.set(xlabel="seconds", ylabel="chunk length")
     bottom.set_xlim(0, time_s[-1] + data["bin_s"] / 2)
     top.set_title(f"{arm_label(row['mode']).capitalize()}: load and chunk length over time", pad=22)
-    write_note(
-        top, f"{row['rate']:g} requests per second; line: mean, band: 10th to 90th percentile"
-    )
+    write_note(top, f"{row['rate']:g} requests per second{' at the peak' if is_ramp else ''}")
     figure.tight_layout(h_pad=1.2)
     return figure
+
+
+def _line_legend(ax: Axes, lines: Sequence[tuple[str, str]]) -> None:
+    """Above the right end of the axes, where no data is."""
+    handles = [plt.Line2D([], [], color=color, linewidth=2, label=name) for name, color in lines]
+    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=len(lines),
+              fontsize=9.5, borderaxespad=0.1)  # fmt: skip
 
 
 def capacity_bars(report: Report) -> Figure:
