@@ -96,6 +96,7 @@ ChunkDecision ChunkPolicy::choose(const std::vector<RequestLoad>& loads, const S
   } else {
     assign(best, loads);
   }
+  predicted_ms_ = decision.predicted_ms;
   if (loads.empty()) decision.chunk_length = arms_[best].chunk_length;
   for (int length : lengths_) decision.chunk_length = std::max(decision.chunk_length, length);
   return decision;
@@ -212,7 +213,9 @@ double ChunkPolicy::refresh_share(double commits) const {
 
 void ChunkPolicy::observe(int commits, double ms) {
   constexpr double kDecay = 0.98;
+  constexpr double kMostSurprise = 2.0;  // of the predicted time: single slow steps say nothing
   if (expected_rate_ <= 0 || !std::isfinite(ms) || ms <= 0) return;
+  ms = std::min(ms, kMostSurprise * predicted_ms_);
   realised_ = realised_ * kDecay + commits;
   expected_ = expected_ * kDecay + expected_rate_ * ms;
 }

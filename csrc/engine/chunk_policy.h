@@ -128,6 +128,7 @@ class ChunkPolicy {
   // elastic_per_request: decayed sums of commits, and of what the best single chunk length was
   // expected to yield in the same time; their quotient corrects the price of time.
   double realised_ = 0, expected_ = 0;
+  double predicted_ms_ = 0;   // of the last decision
   double expected_rate_ = 0;  // of the last decision's best arm, commits per ms; 0 = no decision
   double price_ = 0;  // commits a ms is worth: what the best arm makes of it without prompts
   // Working memory of a decision.

@@ -110,7 +110,7 @@ StepOutput EngineCore::update(const StepResult& result, double forward_ms, doubl
     output.updates.push_back(std::move(update));
   }
   commits_.advance();
-  scheduler_.observe(output.record.commits, forward_ms);
+  scheduler_.observe(output.record.commits, forward_ms + latency_.overhead_ms());
   latency_.observe(plan_->load(), forward_ms);
   // Steps that follow each other at once: what the forward does not explain is host work.
   if (last_end_s_ >= 0) latency_.observe_overhead((now_s_ - last_end_s_) * 1e3 - forward_ms);
