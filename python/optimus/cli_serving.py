@@ -98,8 +98,11 @@ def serving(
     max_runs: Annotated[int, typer.Option(help="Of a capacity search, per arm.")] = 12,
     drain: Annotated[float, typer.Option(help="Seconds to go on after the last arrival.")] = 60.0,
     simulate: Annotated[
-        Path | None,
-        typer.Option(help="In virtual time: JSON of a latency profile, or a report that has one."),
+        str | None,
+        typer.Option(
+            help="In virtual time, on a curve: h200-dense-8b, h200-moe-mini, a100-dense-8b, a JSON "
+            "file of one, or a report with a latency profile."
+        ),
     ] = None,
     traces: Annotated[
         Path | None, typer.Option(help="Commit traces to simulate. Default: the demo model's.")
@@ -264,7 +267,7 @@ def _simulator_parts(
     modes: list[str],
     schedule: dict[str, int] | None,
     params: SamplingParams,
-    curve: Path,
+    curve: str,
     traces: Path | None,
     host_ms: float,
     shape: Pattern,

@@ -44,6 +44,8 @@ def arm_style(mode: str, longest_chunk: int = 32) -> dict[str, Any]:
     fixed = {"linewidth": 1.4, "markersize": 4, "zorder": 3}
     if name == "ar":
         return {"color": INK, "linestyle": (0, (4, 2)), "marker": "", **fixed}
+    if name == "oracle":
+        return {"color": GREY, "linestyle": (0, (1, 1.5)), "marker": "", **fixed}
     if name == "block":
         return {"color": ORANGE, "marker": "s", **fixed | {"linewidth": 1.8}}
     if name == "schedule":
@@ -81,8 +83,9 @@ def subtitle(report: Report) -> str:
     """Where and with what it was measured."""
     arguments, machine = report.get("arguments", {}), report.get("machine", {})
     model = Path(arguments.get("model") or "demo model").name
-    if arguments.get("simulate"):
-        return f"simulated: {Path(arguments['simulate']).stem}, {model}"
+    curve = arguments.get("simulate") or arguments.get("curve")
+    if curve:
+        return f"simulated: {Path(curve).stem}, {model}"
     where = machine.get("gpu") or machine.get("cpu") or ""
     cores = f", {machine['cores']} cores" if machine.get("cores") and not machine.get("gpu") else ""
     return f"{model}, {where}{cores}"

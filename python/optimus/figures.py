@@ -50,8 +50,10 @@ def draw_report(report: Report, directory: Path, prefix: str = "") -> list[Path]
 
     Raises ValueError for a report of an unknown kind.
     """
-    kinds = {"offline": _offline_figures, "serving": _serving_figures}
-    kind = report.get("kind", "offline")
+    kinds = {
+        "offline": _offline_figures, "serving": _serving_figures, "simulate": _simulate_figures,
+    }  # fmt: skip
+    kind = report.get("kind") or report.get("benchmark", "offline")
     if kind not in kinds:
         raise ValueError(f"[figures] kind must be one of {', '.join(kinds)}, got {kind!r}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -84,6 +86,10 @@ def _offline_figures(report: Report) -> Iterator[tuple[str, Figure]]:
         yield "reliability", reliability(report)
 
 
+def _simulate_figures(report: Report) -> Iterator[tuple[str, Figure]]:
+    yield "throughput", throughput_over_load(report)
+
+
 def _serving_figures(report: Report) -> Iterator[tuple[str, Figure]]:
     is_ramp = report.get("arguments", {}).get("pattern") == "ramp"
     for row in report["rows"]:
@@ -98,7 +104,7 @@ def _serving_figures(report: Report) -> Iterator[tuple[str, Figure]]:
 
 
 def throughput_over_load(report: Report) -> Figure:
-    """Tokens per second over concurrency, an arm a line; accuracy beside each name."""
+    """Tokens per second over concurrency, an arm a line; accuracy beside each name if known."""
     rows = report["rows"]
     modes, loads = modes_of(rows), sorted({row["concurrency"] for row in rows})
     figure, ax = plt.subplots(figsize=(WIDTH, 4.8))
@@ -111,8 +117,10 @@ def throughput_over_load(report: Report) -> Figure:
         low, high = [r.get("lowest") for r in line], [r.get("highest") for r in line]
         if None not in low and low != high:
             ax.vlines(x, low, high, color=style["color"], linewidth=1.2, alpha=0.5, zorder=1)
-        accuracy = line[-1]["accuracy"]["accuracy"]
-        ends.append((f"{arm_label(mode)}  {100 * accuracy:.1f}", y[-1], style["color"]))
+        score = line[-1].get("accuracy")
+        label = arm_label(mode) + (f"  {100 * score['accuracy']:.1f}" if score else "")
+        ends.append((label, y[-1], style["color"]))
+    has_accuracy = any(row.get("accuracy") for row in rows)
     set_load_axis(ax, loads)
     rates = [row["tokens_per_second"] for row in rows]
     if max(rates) > 8 * min(rates):
@@ -123,8 +131,9 @@ def throughput_over_load(report: Report) -> Figure:
         ax.set_ylim(0, 1.06 * max(row.get("highest") or row["tokens_per_second"] for row in rows))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     ax.set_ylabel("tokens per second")
-    ax.set_title("Throughput over load, with accuracy", pad=22)
-    write_note(ax, f"right: exact match, %, at the highest load; {subtitle(report)}")
+    ax.set_title("Throughput over load" + ", with accuracy" * has_accuracy, pad=22)
+    note = "right: exact match, %, at the highest load; " if has_accuracy else ""
+    write_note(ax, note + subtitle(report))
     figure.subplots_adjust(left=0.085, right=0.72, top=0.86, bottom=0.12)
     label_ends(ax, loads[-1], ends)
     return figure
@@ -145,7 +154,7 @@ def accuracy_front(report: Report) -> Figure:
         here = [row for row in rows if row["concurrency"] == load]
         front = pareto_front([(r["tokens_per_second"], r["accuracy"]["accuracy"]) for r in here])
         ax.plot([x for x, _ in front], [100 * y for _, y in front], color=LINE, linewidth=5,
-                zorder=1, solid_capstyle="round")  # fmt: skip
+                marker="o", markersize=14, zorder=1)  # fmt: skip
         for row in here:
             style = arm_style(row["mode"], longest_chunk(modes))
             score = row["accuracy"]
@@ -168,7 +177,9 @@ def accuracy_front(report: Report) -> Figure:
         for mode, s in ((m, arm_style(m, longest_chunk(modes))) for m in modes)
     ]  # fmt: skip
     figure.legend(handles=handles, loc="lower center", ncols=min(5, len(handles)), fontsize=9.5)
-    figure.tight_layout(rect=(0, 0.13 if len(handles) > 5 else 0.08, 1, 0.9), h_pad=1.5)
+    height = figure.get_figheight()
+    legend = (0.2 + 0.22 * -(-len(handles) // 5)) / height
+    figure.tight_layout(rect=(0, legend, 1, 1 - 0.5 / height), h_pad=1.5)
     return figure
 
 

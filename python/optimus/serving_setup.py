@@ -148,16 +148,20 @@ def simulator_backends(
     return backends
 
 
-def load_latency(path: Path) -> _C.LatencyProfile:
-    """A profile from JSON: {"decode": [[rows, ms], ...], ...}, or a report with one under
-    "latency_profile". Raises ValueError."""
+def load_latency(name: str) -> _C.LatencyProfile:
+    """A curve of `curves` by name, its JSON file, or a report with a "latency_profile" in it.
+
+    Raises ValueError.
+    """
+    from .curves import load_curve
     from .profiles import profile_from_dict
 
-    if not path.exists():
-        raise ValueError(f"[serving] {path} does not exist")
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        found = found.get("latency_profile") or found
-        return profile_from_dict({"prefill": [], "kv": [], "is_padded": False} | found)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"[serving] {path} holds no latency profile: {error!r}") from None
+    path = Path(name)
+    if path.is_file():
+        try:
+            found: Any = json.loads(path.read_text(encoding="utf-8"))
+            if found.get("latency_profile") is not None:
+                return profile_from_dict(found["latency_profile"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"[serving] {path} holds no latency profile: {error!r}") from None
+    return load_curve(name)

@@ -75,6 +75,16 @@ def test_offline_figures(tmp_path: Path, loads: tuple[int, ...]) -> None:
     check_files(files, {"throughput", "accuracy_front", "accuracy", "reliability"})
 
 
+def test_simulated_figures(tmp_path: Path) -> None:
+    rows = [
+        {"mode": mode, "concurrency": load, "tokens_per_second": load * rate}
+        for load in (1, 2)
+        for mode, rate in (("elastic", 90.0), ("oracle", 100.0))
+    ]
+    report = {"benchmark": "simulate", "rows": rows, "arguments": {"curve": "h200-dense-8b"}}
+    check_files(draw_report(report, tmp_path), {"throughput"})
+
+
 def test_serving_figures(tmp_path: Path) -> None:
     report = json.loads(json.dumps(serving_report()))
     files = draw_report(report, tmp_path, "x_")
@@ -94,7 +104,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         report.write_text(broken)
         with pytest.raises(ValueError, match=r"a\.json is no benchmark report"):
             load_report(report)
-    with pytest.raises(ValueError, match="kind must be one of offline, serving, got 'x'"):
+    with pytest.raises(ValueError, match="kind must be one of offline, serving, simulate, got 'x'"):
         draw_report({"kind": "x", "rows": []}, tmp_path)
 
 

@@ -255,6 +255,26 @@ def test_command_drives_the_engine(
     assert "elastic at 40/s, step" in out and json.loads(trace.read_text())["traceEvents"]
 
 
+def test_command_simulates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo model's recorded answers, on a named curve and on that of a report."""
+    report = tmp_path / "report.json"
+    arguments = (
+        "bench", "serving", "--modes", "block,elastic", "--rate", 30, "--duration", 2,
+        "--max-num-seqs", 64, "--slo-tpot-ms", 20, "--output", report,
+    )  # fmt: skip
+    code = run(*arguments, "--simulate", "h200-dense-8b", "--find-capacity", "--max-runs", 2)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "capacity, requests per second" in out
+    first = json.loads(report.read_text())
+    assert first["capacities"]["elastic"]["probes"][0]["rate"] == 30
+    assert first["latency_profile"]["decode"][0] == [1, 4.06]
+    report.replace(tmp_path / "first.json")
+    assert run(*arguments, "--simulate", tmp_path / "first.json") == 0
+    second = json.loads(report.read_text())
+    assert second["rows"] == first["rows"]  # virtual time repeats exactly
+
+
 def test_command_replays_a_trace(
     llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,7 +298,7 @@ def test_command_replays_a_trace(
         (["--pattern", "waves"], "pattern must be one of"),
         (["--prompt-len", "4"], "prompt_len and output_len go together"),
         (["--find-capacity"], "needs an SLO"),
-        (["--simulate", "missing.json"], "missing.json does not exist"),
+        (["--simulate", "missing.json"], "or a JSON file, got 'missing.json'"),
         (["--arrivals", "missing.jsonl"], "missing.jsonl does not exist"),
     ],
 )
