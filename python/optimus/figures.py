@@ -134,7 +134,7 @@ def throughput_over_load(report: Report) -> Figure:
     ax.set_title("Throughput over load" + ", with accuracy" * has_accuracy, pad=22)
     note = "right: exact match, %, at the highest load; " if has_accuracy else ""
     write_note(ax, note + subtitle(report))
-    figure.subplots_adjust(left=0.085, right=0.72, top=0.86, bottom=0.12)
+    figure.subplots_adjust(left=0.085, right=0.72 if has_accuracy else 0.78, top=0.86, bottom=0.12)
     label_ends(ax, loads[-1], ends)
     return figure
 
@@ -273,39 +273,40 @@ def _pooled(runs: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, floa
 def timeline(row: Row, is_ramp: bool = False) -> Figure:
     """Load above, chunk length below, over the time of one run."""
     data = row["timeline"]
-    time_s = data["time_s"]
+    bin_s = data["bin_s"]
+    edges = [i * bin_s for i in range(len(data["time_s"]) + 1)]
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(WIDTH, 5.0), sharex=True, height_ratios=(1, 1.05)
     )
-    top.fill_between(time_s, data["decoding"], color=BLUE, alpha=0.25, linewidth=0, step="mid")
-    top.step(time_s, data["decoding"], where="mid", color=BLUE, linewidth=1.8)
+    top.stairs(data["decoding"], edges, color=BLUE, alpha=0.25, fill=True, linewidth=0)
+    top.stairs(data["decoding"], edges, color=BLUE, linewidth=1.8)
     top.set_ylabel("requests")
     lines = [("decoding", BLUE)]
     if max(data["waiting"]) > 0:
-        top.step(time_s, data["waiting"], where="mid", color=ORANGE, linewidth=1.5)
+        top.stairs(data["waiting"], edges, color=ORANGE, linewidth=1.5)
         lines.append(("waiting", ORANGE))
     top.set_ylim(0, 1.1 * max(1.0, *data["decoding"], *data["waiting"]))
     _line_legend(top, lines)
-    known = [i for i, c in enumerate(data["chunk_mean"]) if c is not None]
-    x = [time_s[i] for i in known]
-    columns = {name: [data[name][i] for i in known]
-               for name in ("chosen", "chunk_mean", "chunk_p10", "chunk_p90")}  # fmt: skip
+    columns = {  # nothing is drawn where nothing was decoded
+        name: [math.nan if value is None else value for value in data[name]]
+        for name in ("chosen", "chunk_mean", "chunk_p10", "chunk_p90")
+    }
     chosen, evaluated = "chosen", "evaluated, mean"
     if row["mode"] == "elastic_per_request":
         chosen, evaluated = "longest chosen", "evaluated, mean and 10th to 90th percentile"
-        bottom.fill_between(x, columns["chunk_p10"], columns["chunk_p90"], color=GREY, alpha=0.16,
-                            linewidth=0, step="mid")  # fmt: skip
-    bottom.step(x, columns["chunk_mean"], where="mid", color=GREY, linewidth=1.5)
-    bottom.step(x, columns["chosen"], where="mid", color=INK, linewidth=2)
+        bottom.stairs(columns["chunk_p90"], edges, baseline=columns["chunk_p10"], fill=True,
+                      color=GREY, alpha=0.16, linewidth=0)  # fmt: skip
+    bottom.stairs(columns["chunk_mean"], edges, baseline=None, color=GREY, linewidth=1.5)
+    bottom.stairs(columns["chosen"], edges, baseline=None, color=INK, linewidth=2)
     _line_legend(bottom, [(chosen, INK), (evaluated, GREY)])
     bottom.set_yscale("log", base=2)
-    longest = max([*columns["chunk_p90"], *columns["chosen"]], default=2)
+    longest = max([c for c in data["chunk_p90"] + data["chosen"] if c is not None], default=2)
     ticks = [1 << i for i in range(max(2, math.ceil(math.log2(longest)) + 1))]
     bottom.set_yticks(ticks, [str(t) for t in ticks])
     bottom.yaxis.set_minor_formatter(NullFormatter())
     bottom.set_ylim(0.9, 1.15 * longest)
     bottom.set(xlabel="seconds", ylabel="chunk length")
-    bottom.set_xlim(0, time_s[-1] + data["bin_s"] / 2)
+    bottom.set_xlim(0, edges[-1])
     top.set_title(f"{arm_label(row['mode']).capitalize()}: load and chunk length over time", pad=22)
     write_note(top, f"{row['rate']:g} requests per second{' at the peak' if is_ramp else ''}")
     figure.tight_layout(h_pad=1.2)

@@ -132,7 +132,7 @@ def explain(record: _C.StepRecord) -> str:
         lines.append(
             "  chunks    masks evaluated x requests: " + _counts_text(record.chunk_lengths)
         )
-    return "\n".join(lines + _arm_lines(record.arms))
+    return "\n".join(lines + _arm_lines(record))
 
 
 def _refed_rows(record: _C.StepRecord) -> int:
@@ -144,8 +144,9 @@ def _against(measured: float, estimate: float, word: str) -> str:
     return f"{measured:g}, {known}"
 
 
-def _arm_lines(arms: Sequence[_C.ArmEstimate]) -> list[str]:
+def _arm_lines(record: _C.StepRecord) -> list[str]:
     """A table of what was compared, fastest first, and in words what decided."""
+    arms = record.arms
     if not arms:
         return ["  arms      none compared: the chunk length was given"]
     chosen = next((arm for arm in arms if arm.verdict == "chosen"), None)
@@ -158,14 +159,29 @@ def _arm_lines(arms: Sequence[_C.ArmEstimate]) -> list[str]:
             f"  {arm.chunk_length:5d}  {_kv(arm):7}  {arm.commits:7.2f} {arm.rows:6.1f} "
             f"{arm.ms:9.3f} {_rate(arm):10.1f} {arm.tpot_ms:8.3f}  {gap:6}  {arm.verdict}"
         )
-    others = [arm for arm in arms if arm is not chosen]
-    if chosen is not None and others and reference > 0:
+    if chosen is not None and reference > 0:
+        lines += _verdict_lines(record, chosen)
+    return lines
+
+
+def _verdict_lines(record: _C.StepRecord, chosen: _C.ArmEstimate) -> list[str]:
+    """What the chosen arm gains, and why the step may not look like it."""
+    lines = []
+    estimate = (chosen.commits, chosen.rows, chosen.ms)
+    others = [arm for arm in record.arms if (arm.commits, arm.rows, arm.ms) != estimate]
+    if others:
         second = max(others, key=_rate)
-        gap_share = 100 * (reference / _rate(second) - 1) if _rate(second) > 0 else 0.0
+        gap = 100 * (_rate(chosen) / _rate(second) - 1) if _rate(second) > 0 else 0.0
         lines.append(
-            f"  chunk {chosen.chunk_length} {_kv(chosen)} against the best other, "
-            f"{second.chunk_length} {_kv(second)}: {gap_share:+.1f}% commits per second"
+            f"  chunk {chosen.chunk_length} {_kv(chosen)} against the best other estimate, "
+            f"{second.chunk_length} {_kv(second)}: {gap:+.1f}%"
         )
+    if record.chunk_length > chosen.chunk_length:
+        lines.append(
+            f"  requests evaluate up to {record.chunk_length} masks: rows went where they gain "
+            "most, or the"
+        )
+        lines.append(f"  quality floor does not admit chunk {chosen.chunk_length} for them")
     return lines
 
 

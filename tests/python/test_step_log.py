@@ -88,7 +88,9 @@ def test_explanation_names_every_arm(records: list[_C.StepRecord]) -> None:
     assert len(table) == len(record.arms)
     chosen = [cells for cells in table if cells[-1] == "chosen"]
     assert len(chosen) == 1 and chosen[0][-2] == "+0.0%"
-    assert record.reason in text and "predicted" in text and "against the best other" in text
+    assert (
+        record.reason in text and "predicted" in text and "against the best other estimate" in text
+    )
 
 
 @pytest.mark.parametrize("mode", ["ar", "block", "chunk"])
