@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -196,6 +197,26 @@ def test_engine_backend(llm: LLM) -> None:
         assert arrival.arrival_s < result.finish_s <= steps[-1] + 1e-3
     assert steps == sorted(steps) and not llm.engine.has_unfinished()
     assert not backend.run([])
+
+
+def test_a_late_driver_does_not_flatter_latency(llm: LLM) -> None:
+    """The second request arrives while the driver is held up for 100 ms: it waits from then on."""
+    backend = EngineBackend(llm, SamplingParams(max_tokens=8, ignore_eos=True))
+    held_up: list[float] = []
+
+    def on_step(end_s: float, record: object) -> None:
+        if not held_up:
+            held_up.append(end_s)
+            time.sleep(0.1)
+
+    first, second = backend.run(
+        [Arrival(0.0, "one", None, None), Arrival(1e-6, "two", None, None)], on_step=on_step
+    )
+    resumed_s = held_up[0] + 0.1
+    assert second.first_token_s is not None
+    assert second.ttft_s == pytest.approx(second.first_token_s - 1e-6)
+    assert second.latency_s >= resumed_s - 1e-6
+    assert first.latency_s >= 0.1
 
 
 def test_engine_backend_gives_up_and_stays_usable(llm: LLM) -> None:
