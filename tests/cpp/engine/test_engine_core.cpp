@@ -27,7 +27,7 @@ class CoreDriver {
       buffers_.candidates().confidence[i] = 0.95f;
       buffers_.candidates().logprob[i] = buffers_.candidates().entropy[i] = 0.05f;
     }
-    cpu::commit_candidates(buffers_.unmask_params(nullptr, 100, DType::float32));
+    cpu::commit_candidates(buffers_.unmask_params(nullptr, ModelConfig{}));
     return core.update(buffers_.result(), forward_ms, end_s);
   }
 
