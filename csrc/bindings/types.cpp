@@ -136,6 +136,9 @@ void bind_outputs(py::module_& m) {
       .def_readonly("rows", &ArmEstimate::rows)
       .def_readonly("ms", &ArmEstimate::ms)
       .def_readonly("tpot_ms", &ArmEstimate::tpot_ms)
+      .def_readonly("alone_ms", &ArmEstimate::alone_ms)
+      .def_readonly("optimism", &ArmEstimate::optimism)
+      .def_readonly("score", &ArmEstimate::score)
       .def_property_readonly("verdict", [](const ArmEstimate& a) { return a.verdict; });
   py::class_<StepRecord>(m, "StepRecord")
       .def_readonly("step", &StepRecord::step)

@@ -19,8 +19,8 @@ namespace {
 constexpr double kFreeRefresh = 1.02;  // relative step time that still counts as free
 // An arm that was hardly tried gets the benefit of the doubt, until it was: what is not run is not
 // learned.
-constexpr double kOptimism = 0.08;
-constexpr double kTrialSteps = 64;  // steps of single requests that halve it
+constexpr double kOptimism = 0.06;
+constexpr double kTrialSteps = 256;  // steps of single requests that halve it
 
 }  // namespace
 

@@ -16,7 +16,7 @@ namespace optimus {
 namespace {
 
 constexpr double kYieldHalfLife = 2048;  // steps of requests with one chunk length
-constexpr double kIdleHalfLife = 4000;   // steps without one
+constexpr double kIdleHalfLife = 600;    // steps without one
 constexpr double kYieldWeight = 8;       // steps the prior is worth
 constexpr double kMaxScale = 4;          // of the prior, either way
 constexpr double kHalfLife = 1024;       // observations of a rank or a history cell
@@ -27,8 +27,8 @@ constexpr int kFirstRank[] = {0, 1, 2, 3, 4, 6, 9, 14, 20};  // of each rank bin
 constexpr int kTypicalRank[] = {0, 1, 2, 3, 4, 7, 11, 16, 24};
 
 // Measured on the demo model (B = 32, threshold 0.99), at chunk lengths 1, 2, 4, 8, 16 and 32.
-constexpr CommitModel::Yield kPriorYield[] = {{1.0, 1.0},   {1.98, 1.99}, {3.48, 3.87},
-                                              {4.71, 7.08}, {5.51, 12.0}, {5.98, 15.96}};
+constexpr CommitModel::Yield kPriorYield[] = {{1.0, 1.0},  {1.92, 1.99}, {3.3, 3.87},
+                                              {4.5, 7.08}, {5.0, 12.0},  {5.2, 15.96}};
 constexpr double kPriorChunk[] = {1, 2, 4, 8, 16, 32};
 
 // P(commit | rank) in block mode, of the same prompts; constant behind the last.
@@ -148,6 +148,14 @@ void CommitModel::observe_step(int context, int chunk_length, int num_masks, int
   lane.last_step = step_;
   c.commits = c.commits * kDecay + num_commits;
   c.prior_commits = c.prior_commits * kDecay + prior_yield(chunk_length, block_length_).commits;
+}
+
+void CommitModel::observe_waste(int context, int chunk_length, int num_wasted) {
+  check(context, 0, "observe_waste");
+  Context& c = contexts_[context];
+  Lane& lane = c.lanes[lane_of(chunk_length)];
+  lane.commits = std::max(0.0, lane.commits - num_wasted);
+  c.commits = std::max(0.0, c.commits - num_wasted);
 }
 
 double CommitModel::rank_probability(const Context& context, int rank) const {

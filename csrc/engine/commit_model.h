@@ -39,7 +39,7 @@ class CommitModel {
   int context(UnmaskingStrategy strategy, float threshold, int quota);
   int num_contexts() const { return static_cast<int>(contexts_.size()); }
 
-  // Per request and step.
+  // Per request and step; commits that nobody wanted do not count.
   struct Yield {
     double commits = 1, masks = 1;
     double steps = 0;  // that this was learned from, as far as they still count
@@ -48,6 +48,8 @@ class CommitModel {
   Yield yield(int context, int chunk_length) const;
   // One request's step with its usual chunk length.
   void observe_step(int context, int chunk_length, int num_masks, int num_commits);
+  // A request has ended: of its commits, `num_wasted` lay behind its last token.
+  void observe_waste(int context, int chunk_length, int num_wasted);
   // Once per step: what was learned of chunk lengths that are not in use grows old.
   void advance() { ++step_; }
 

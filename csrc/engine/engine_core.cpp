@@ -216,6 +216,8 @@ void EngineCore::learn(Request& request, const SeqPlan& seq, const StepResult& r
   // Rows by marginal gain have no usual chunk length: small ones go to requests in hard stretches.
   if (decodes_blocks && config_.decode_mode != DecodeMode::elastic_per_request) {
     commits_.observe_step(request.commit_context, seq.chunk_length, last - first, num_committed);
+    request.num_learned_commits += num_committed;
+    request.last_chunk_length = seq.chunk_length;
   }
   if (request.previous_block_pending) {  // a new block: how the last one ended still tells
     request.previous_needs_refresh = request.block_needs_refresh;
@@ -259,6 +261,10 @@ FinishReason EngineCore::check_finished(Request& request) {
 
 void EngineCore::finish(Request& request, FinishReason reason) {
   scheduler_.remove(&request);
+  const int wasted = request.num_learned_commits - request.num_known;
+  if (wasted > 0) {
+    commits_.observe_waste(request.commit_context, request.last_chunk_length, wasted);
+  }
   request.output.resize(std::min<size_t>(request.output.size(), request.num_known));
   request.status = RequestStatus::finished;
   request.finish_reason = reason;

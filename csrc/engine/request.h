@@ -70,6 +70,8 @@ struct Request {
   // What the policy knows of it.
   int commit_context = 0;               // CommitModel::context of its unmasking rule
   MaskHistory history;                  // of the current block's masks
+  int num_learned_commits = 0;          // told to the commit model
+  int last_chunk_length = 0;            // of its last step
   bool block_needs_refresh = false;     // the current block was decoded by an arm that asks for it
   bool previous_needs_refresh = false;  // so was the previous one
   bool previous_block_pending = false;  // the block before block_start still has fresh positions

@@ -27,9 +27,18 @@ void Scheduler::choose_chunks(const LatencyModel& latency, const CommitModel& co
                       request->commit_context, request->params.confidence_threshold,
                       &request->history});
   }
-  // Prompts in progress will fill the step about as they filled the last one.
+  // What prompts will take of the step: all they want, unless a target slowed them down lately.
   StepLoad other;
-  if (step_ - last_prefill_step_ <= 1) other.rows = other.prefill_rows = last_prefill_rows_;
+  for (const Request* request : running_) {
+    if (request->status != RequestStatus::prefilling) continue;
+    other.rows += request->prefill_target - request->num_computed;
+  }
+  other.rows =
+      std::min(other.rows, config_.max_num_batched_rows - config_.max_num_batched_rows / 4);
+  if (config_.target_tpot_ms > 0 && step_ - last_prefill_step_ <= 1 && last_prefill_rows_ > 0) {
+    other.rows = std::min(other.rows, last_prefill_rows_);
+  }
+  other.prefill_rows = other.rows;
   plan_.decision = policy_.choose(loads_, other, latency, commits);
 }
 
