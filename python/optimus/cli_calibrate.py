@@ -91,6 +91,7 @@ def profile_command(
     model: Model = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most requests decoding at once.")] = 32,
     max_num_batched_rows: Annotated[int, typer.Option(help="Most rows per step.")] = 512,
+    repeats: Annotated[int, typer.Option(help="Every time is the median of so many.")] = 7,
     dtype: Dtype = "auto",
     threads: Threads = None,
     block_length: BlockLength = None,
@@ -106,7 +107,7 @@ def profile_command(
         max_num_batched_rows=max_num_batched_rows, calibration=None,
     )  # fmt: skip
     where: dict[str, Any] = {"device": llm.device, "dtype": llm.dtype}
-    profile = measured_profile(llm.engine, llm.checkpoint, anew=True, **where)
+    profile = measured_profile(llm.engine, llm.checkpoint, anew=True, repeats=repeats, **where)
     key = profile_key(llm.checkpoint, llm.engine.config, **where)
     if json_output:
         print_json({"key": key, "profile": profile_to_dict(profile)})

@@ -82,15 +82,22 @@ def save_profile(key: dict[str, Any], profile: _C.LatencyProfile) -> None:
 
 
 def measured_profile(
-    engine: _C.Engine, checkpoint: Checkpoint, *, device: str, dtype: str, anew: bool = False
+    engine: _C.Engine,
+    checkpoint: Checkpoint,
+    *,
+    device: str,
+    dtype: str,
+    anew: bool = False,
+    repeats: int = 3,
 ) -> _C.LatencyProfile:
-    """The engine's profile, kept or measured (and kept) now; installed. anew: always measured."""
+    """The engine's profile, kept or measured (and kept) now; installed. anew: always measured.
+    repeats: every time is the median of so many."""
     key = profile_key(checkpoint, engine.config, device=device, dtype=dtype)
     profile = None if anew else load_profile(key)
     if profile is not None:
         engine.set_profile(profile)
         return profile
-    profile = engine.profile()
+    profile = engine.profile(repeats)
     save_profile(key, profile)
     return profile
 
