@@ -18,6 +18,7 @@ from typing import Any
 
 from accuracy_table import CHUNK_LENGTHS, paired_difference
 from accuracy_table import markdown as accuracy_markdown
+from controller_tables import loads_table, sweeps_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -129,6 +130,21 @@ def offline() -> str:
     return "\n".join(lines) + "\n\n" + source(result, name)
 
 
+def simulated(name: str, table: str) -> str:
+    report = read(name)
+    return f"{table}\n\n{source(report, name)}"
+
+
+def controller_loads() -> str:
+    name = "simulate_policies.json"
+    return simulated(name, loads_table(read(name), "h200 dense 8B"))
+
+
+def controller_sweeps() -> str:
+    name = "simulate_policies.json"
+    return simulated(name, sweeps_table(read(name)))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy-all": accuracy_all,
     "accuracy-recommended": accuracy_recommended,
@@ -136,6 +152,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv-policy": kv_policy,
     "plain-torch": plain_torch,
     "offline": offline,
+    "controller-loads": controller_loads,
+    "controller-sweeps": controller_sweeps,
 }
 
 

@@ -10,7 +10,6 @@ arm sees the same requests. `oracle` knows which rows will be needed: no arm can
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,8 +98,9 @@ def stages(mode: str, traces: Sequence[Trace], groups: Sequence[tuple[int, float
     chunk length, and the steps until the chunk length of a stage settled.
 
     A stage is a stretch in which the number of decoding requests changes by less than a third.
-    Settled: from then on the median chunk length of the step's requests is within a factor of two
-    of the stage's median for all but 2% of the steps.
+    Settled: from the first step on from which the chunk length stays within a factor of two of the
+    stage's median for SETTLE_STEPS steps. `share_off`: of the later steps, how many left that range
+    (trials of lengths that were not run for long, and load that is about to change).
     """
     config = _C.SimulatorConfig()
     config.engine = simulated_engine(
@@ -120,19 +120,15 @@ def stages(mode: str, traces: Sequence[Trace], groups: Sequence[tuple[int, float
             index += 1
     simulator.run(float("inf"), 1 << 60)
     steps = [
-        (
-            r.start_s,
-            r.num_decoding,
-            r.chunk_length,
-            sorted(r.chunk_lengths)[len(r.chunk_lengths) // 2],
-        )
+        (r.start_s, r.num_decoding, r.chunk_length)
         for r in simulator.step_records()
         if r.num_decoding > 0
     ]
-    return {"steps": [step[:3] for step in steps], "stages": _settling(steps)}
+    # Rows by marginal gain have no chunk length of the batch that could settle.
+    return {"steps": steps, "stages": _settling(steps) if mode == "elastic" else []}
 
 
-def _settling(steps: Sequence[tuple[float, int, int, int]]) -> list[dict[str, float]]:
+def _settling(steps: Sequence[tuple[float, int, int]]) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     begin = 0
     for i in range(1, len(steps) + 1):
@@ -144,15 +140,15 @@ def _settling(steps: Sequence[tuple[float, int, int, int]]) -> list[dict[str, fl
             lengths = [step[2] for step in stage]
             usual = sorted(lengths)[len(lengths) // 2]
             off = [not usual / 2 <= length <= usual * 2 for length in lengths]
-            settled = next(
-                (k for k in range(len(off)) if sum(off[k:]) <= 0.02 * len(off[k:])), len(off)
-            )
-            late = stage[SETTLE_STEPS:]
-            changes = sum(a[2] != b[2] for a, b in itertools.pairwise(late))
+            settled = next(k for k in range(len(off) + 1) if not any(off[k : k + SETTLE_STEPS]))
+            late = lengths[settled:]
+            changes = sum(a != b for a, b in zip(late, late[1:], strict=False))
             found.append(
                 {
-                    "start_s": stage[0][0], "load": load, "num_steps": len(stage),
-                    "usual_chunk_length": usual, "settled_after_steps": settled,
+                    "start_s": stage[0][0], "load": stage[len(stage) // 2][1],
+                    "num_steps": len(stage), "usual_chunk_length": usual,
+                    "settled_after_steps": settled,
+                    "share_off": sum(off[settled:]) / max(1, len(late)),
                     "changes_per_100_steps": 100 * changes / max(1, len(late)),
                 }
             )  # fmt: skip
