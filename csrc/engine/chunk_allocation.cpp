@@ -30,22 +30,22 @@ void ChunkPolicy::open_segments(const RequestLoad& load, const Group& group, int
                                 double expected) {
   static const MaskHistory kNothing;
   const MaskHistory& history = load.history != nullptr ? *load.history : kNothing;
-  const size_t begin = segments_.size();
-  const auto append = [&](float gain, int rows) {
-    while (segments_.size() > begin && segments_.back().gain <= gain) {
-      const Segment& before = segments_.back();
-      gain = (before.gain * before.rows + gain * rows) / (before.rows + rows);
-      rows += before.rows;
-      segments_.pop_back();
-    }
-    segments_.push_back({gain, rows});
-  };
+  float commits_of[kMaxBlockLength];  // of each segment so far
+  int rows_of[kMaxBlockLength];
+  int count = 0;
   // One mask commits in any case, the most confident: gains count from one commit on.
-  double sum = expected;
+  double sum = expected, counted = std::max(1.0, expected);
   const auto add = [&](float probability, int rows) {
-    const double before = std::max(1.0, sum);
     sum += double(probability) * rows;
-    append(static_cast<float>((std::max(1.0, sum) - before) / rows), rows);
+    const double now = std::max(counted, sum);
+    float commits = static_cast<float>(now - counted);
+    counted = now;
+    for (; count > 0 && commits_of[count - 1] * rows <= commits * rows_of[count - 1]; --count) {
+      commits += commits_of[count - 1];
+      rows += rows_of[count - 1];
+    }
+    commits_of[count] = commits;
+    rows_of[count++] = rows;
   };
   int rank = first;
   const int num_seen = std::min(last, static_cast<int>(history.confidence.size()));
@@ -54,6 +54,14 @@ void ChunkPolicy::open_segments(const RequestLoad& load, const Group& group, int
     const int end = std::min(last, CommitModel::rank_bin_end(rank));
     add(CommitModel::lookup(group.table, rank, history), end - rank);
     rank = end;
+  }
+  const size_t begin = segments_.size();
+  segments_.resize(begin + count);
+  for (int i = 0; i < count; ++i) {
+    Segment& segment = segments_[begin + i];
+    segment.commits = commits_of[i];
+    segment.rows = rows_of[i];
+    segment.level = level_of(commits_of[i] / rows_of[i]);
   }
 }
 
@@ -100,9 +108,8 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
         refresh_rows += refresh_share(group.yields[2 * arm_index + refresh].commits);
       open_segments(load, group, first, last, expected);
       for (size_t s = begin; s < segments_.size(); ++s) {
-        const int level = level_of(segments_[s].gain);
-        rows[level] += segments_[s].rows;
-        gains[level] += double(segments_[s].gain) * segments_[s].rows;
+        rows[segments_[s].level] += segments_[s].rows;
+        gains[segments_[s].level] += segments_[s].commits;
       }
       lengths_.push_back(first);
       needs_refresh_.push_back(group.refresh);
@@ -161,7 +168,7 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
   size_t s = 0;
   for (size_t i = 0; i < loads.size(); ++i) {
     for (; s < static_cast<size_t>(segment_ends_[i]); ++s) {
-      const int level = level_of(segments_[s].gain);
+      const int level = segments_[s].level;
       int take = 0;
       if (level > best.level) {
         take = segments_[s].rows;

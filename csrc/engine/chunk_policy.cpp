@@ -63,7 +63,7 @@ ChunkDecision ChunkPolicy::choose(const std::vector<RequestLoad>& loads, const S
   expected_rate_ = 0;
   const bool refresh = config_.kv_policy == KvPolicy::refresh;
   if (config_.kind == ChunkPolicyKind::fixed) {
-    choose_fixed(config_.chunk_lengths[0], loads);
+    choose_fixed(config_.chunk_lengths[0], loads, refresh);
     return {config_.chunk_lengths[0], refresh, 0, 0, true, "fixed"};
   }
   if (config_.kind == ChunkPolicyKind::schedule) {
@@ -72,12 +72,15 @@ ChunkDecision ChunkPolicy::choose(const std::vector<RequestLoad>& loads, const S
            entry->first < static_cast<int>(loads.size())) {
       ++entry;
     }
-    choose_fixed(entry->second, loads);
+    choose_fixed(entry->second, loads, refresh);
     return {entry->second, refresh, 0, 0, true, "schedule"};
   }
   if (!latency.has_profile()) {
-    choose_fixed(config_.block_length, loads);
-    return {config_.block_length, refresh, 0, 0, true, "no latency profile: the trained block"};
+    // The trained block, as the reference treats it where that is open.
+    const bool refresh_block = config_.kv_policy != KvPolicy::freeze;
+    choose_fixed(config_.block_length, loads, refresh_block);
+    return {
+        config_.block_length, refresh_block, 0, 0, true, "no latency profile: the trained block"};
   }
   group(loads, commits);
   estimate_arms(other, latency);
@@ -86,7 +89,7 @@ ChunkDecision ChunkPolicy::choose(const std::vector<RequestLoad>& loads, const S
   decision.reason = decision.meets_target ? "best" : "target_tpot_ms cannot be met: fastest";
   best = keep_if_close(best, decision);
   current_ = best;
-  for (ArmEstimate& arm : arms_) arm.verdict = &arm == &arms_[best] ? "chosen" : "slower";
+  for (ArmEstimate& arm : arms_) arm.verdict = &arm == &arms_[best] ? kChosen : "slower";
   decision.refresh = arms_[best].refresh;
   decision.expected_commits = arms_[best].commits;
   decision.predicted_ms = arms_[best].ms;
@@ -113,9 +116,10 @@ int ChunkPolicy::keep_if_close(int best, ChunkDecision& decision) const {
   return current_;
 }
 
-void ChunkPolicy::choose_fixed(int chunk_length, const std::vector<RequestLoad>& loads) {
+void ChunkPolicy::choose_fixed(int chunk_length, const std::vector<RequestLoad>& loads,
+                               bool refresh) {
   lengths_.assign(loads.size(), chunk_length);
-  needs_refresh_.assign(loads.size(), config_.kv_policy == KvPolicy::refresh);
+  needs_refresh_.assign(loads.size(), refresh);
 }
 
 // The nearest arm, not longer if there is one, that is good enough at this threshold with this
@@ -184,11 +188,12 @@ ArmEstimate ChunkPolicy::estimate(int arm, bool refresh, const StepLoad& other,
   ArmEstimate result;
   result.chunk_length = config_.chunk_lengths[arm];
   result.refresh = refresh;
-  int num_requests = 0;
+  int num_requests = 0, longest = 0;
   double rows = other.rows + without_masks_rows_, optimism = 0;
   for (const Group& group : groups_) {
     if (group.num_requests == 0) continue;
     num_requests += group.num_requests;
+    longest = std::max(longest, group.choices[2 * arm + refresh].chunk_length);
     const CommitModel::Yield yield = group.yields[2 * arm + refresh];
     const double extra =
         group.choices[2 * arm + refresh].refresh ? refresh_share(yield.commits) : 0.0;
@@ -196,6 +201,7 @@ ArmEstimate ChunkPolicy::estimate(int arm, bool refresh, const StepLoad& other,
     optimism += group.num_requests * kOptimism * kTrialSteps / (kTrialSteps + yield.steps);
     rows += group.num_requests * (yield.masks + yield.commits * (1 + extra));
   }
+  if (longest > 0) result.chunk_length = longest;  // what the quality floor makes of it
   result.rows = rows;
   result.optimism = optimism / std::max(num_requests, 1);
   const int whole_rows = static_cast<int>(std::lround(std::min(rows, 1e9)));

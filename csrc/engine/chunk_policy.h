@@ -67,6 +67,8 @@ struct ChunkDecision {
 
 class ChunkPolicy {
  public:
+  static constexpr const char* kChosen = "chosen";  // ArmEstimate::verdict
+
   explicit ChunkPolicy(ChunkPolicyConfig config);
 
   // `other`: prefill that will share the step. Elastic kinds: without a profile the trained block;
@@ -99,12 +101,12 @@ class ChunkPolicy {
     bool refresh = false;
   };
   struct Segment {
-    float gain;  // expected commits per row
-    int rows;
+    float commits;  // expected
+    int rows, level;
   };
 
   void check() const;
-  void choose_fixed(int chunk_length, const std::vector<RequestLoad>& loads);
+  void choose_fixed(int chunk_length, const std::vector<RequestLoad>& loads, bool refresh);
   Choice admitted(float threshold, int arm, bool refresh) const;
   void group(const std::vector<RequestLoad>& loads, const CommitModel& commits);
   double refresh_share(double commits) const;

@@ -147,7 +147,13 @@ void EngineCore::write_record(const StepResult& result, double forward_ms, StepR
   record.step_ms = (now_s_ - plan_s_) * 1e3;
   record.meets_target = decision.meets_target;
   record.reason = decision.reason;
-  if (plan_->num_decoding > 0) record.arms = scheduler_.policy().arms();
+  if (plan_->num_decoding == 0) return;
+  for (const ArmEstimate& arm : scheduler_.policy().arms()) {  // those that differ
+    const bool is_known = std::any_of(record.arms.begin(), record.arms.end(), [&](const auto& a) {
+      return a.chunk_length == arm.chunk_length && a.rows == arm.rows;
+    });
+    if (!is_known || arm.verdict == ChunkPolicy::kChosen) record.arms.push_back(arm);
+  }
 }
 
 void EngineCore::update_prefill(const SeqPlan& seq) {
