@@ -9,7 +9,7 @@ namespace optimus::cuda::attention {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kCachedOffsets = 4096;  // tile offsets kept in shared memory for the searches
+constexpr int kCachedOffsets = 4096;  // cost offsets kept in shared memory for the searches
 
 struct ScheduleArgs {
   const int32_t* cu_seqlens_q;
@@ -23,7 +23,7 @@ struct Scratch {
   int item_offsets[kThreads];  // of the current chunk of sequences
   int row_begin[kThreads];
   int packed_rows[kThreads];
-  int tile_offsets[kCachedOffsets];
+  int cost_offsets[kCachedOffsets];
   int num_merges, merge_rows;
 };
 
@@ -72,9 +72,18 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
   return item;
 }
 
-// Writes all items and their tile offsets; returns the number of tiles, `num_items` by reference.
+// Costs, in half tiles. A head's tiles are followed by what a piece costs beside them: loading Q,
+// merging and writing its rows.
+constexpr int kTileCost = 2;
+// Shares are at least this long. No share that a head runs through may be without a tile of it, for
+// the merge takes a part from each: so not below kTileCost.
+constexpr int kMinShareCost = kTileCost;
+__device__ int piece_cost(const Item& item) { return item.packed_count > 64 ? 5 : 3; }
+__device__ int head_cost(const Item& item) { return piece_cost(item) + kTileCost * item.num_tiles; }
+
+// Writes all items and their cost offsets; returns the length of the line, `num_items` by reference.
 __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_items) {
-  int tid = threadIdx.x, num_tiles = 0;
+  int tid = threadIdx.x, length = 0;
   num_items = 0;
   for (int first_seq = 0; first_seq < args.num_seqs; first_seq += kThreads) {
     int seq = first_seq + tid, begin = 0, packed = 0;
@@ -90,62 +99,78 @@ __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_i
     scratch.packed_rows[tid] = packed;
     __syncthreads();
     for (int first = 0; first < chunk_items; first += kThreads) {
-      int index = first + tid, tiles = 0;
+      int index = first + tid, cost = 0;
       Item item;
       if (index < chunk_items) {
         int seq_in_chunk = last_not_above(scratch.item_offsets, kThreads, index);
         item = make_item(args, scratch, seq_in_chunk, first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
-        tiles = item.num_tiles * args.num_kv_heads;
+        cost = head_cost(item) * args.num_kv_heads;
         atomicMax(&scratch.merge_rows, item.packed_count);
       }
       int total;
-      int tile_offset = num_tiles + exclusive_scan(tiles, scratch.warp_sums, total);
+      int offset = length + exclusive_scan(cost, scratch.warp_sums, total);
       if (index < chunk_items) {
         args.ws.items[num_items + index] = item;
-        args.ws.tile_offsets[num_items + index] = tile_offset;
+        args.ws.cost_offsets[num_items + index] = offset;
         if (num_items + index < kCachedOffsets) {
-          scratch.tile_offsets[num_items + index] = tile_offset;
+          scratch.cost_offsets[num_items + index] = offset;
         }
       }
-      num_tiles += total;
+      length += total;
     }
     num_items += chunk_items;
     __syncthreads();
   }
-  return num_tiles;
+  return length;
 }
 
-// Interval c is [begin(c), begin(c + 1)): num_tiles / num_shares tiles, one more for the first few.
+// Interval c is [begin(c), begin(c + 1)): the line in equal parts, the first few longer by one.
 struct Cut {
-  int least, longer;  // tiles of a share; how many shares have one more
+  int least, longer;  // length of an interval; how many are longer by one
   __device__ int begin(int share) const { return share * least + min(share, longer); }
-  __device__ int owner(int tile) const {
+  __device__ int owner(int place) const {
     int in_longer = longer * (least + 1);
-    return tile < in_longer ? tile / (least + 1) : longer + (tile - in_longer) / least;
+    return place < in_longer ? place / (least + 1) : longer + (place - in_longer) / least;
   }
 };
 
+// The first tile at or behind `place`, and the item it belongs to.
+__device__ Position locate(const ScheduleArgs& args, const int* offsets, int num_items, int place,
+                           Item& item) {
+  Position at = {last_not_above(offsets, num_items, place), 0, 0};
+  item = args.ws.items[at.item_idx];
+  int rest = place - offsets[at.item_idx], cost = head_cost(item);
+  at.head = rest / cost;
+  rest -= at.head * cost;
+  at.tile = (rest + kTileCost - 1) / kTileCost;
+  if (at.tile >= item.num_tiles) {
+    at.tile = 0;
+    if (++at.head == args.num_kv_heads) {
+      at.head = 0;
+      if (++at.item_idx < num_items) item = args.ws.items[at.item_idx];
+    }
+  }
+  return at;
+}
+
 __device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const int* offsets,
-                            int num_items, Cut cut, int c) {
-  int begin = cut.begin(c), end = cut.begin(c + 1);
+                            int num_items, int length, Cut cut, int c) {
+  int begin = cut.begin(c), end = min(cut.begin(c + 1), length);
   Share share = {};
   if (end > begin) {
-    int idx = last_not_above(offsets, num_items, begin);
-    share.item = args.ws.items[idx];
-    share.item_idx = idx;
-    share.head = (begin - offsets[idx]) / share.item.num_tiles;
-    share.first_tile = begin - offsets[idx] - share.head * share.item.num_tiles;
-    share.num_tiles = end - begin;
-
-    // The last (item, head) of the share: does it begin here and go on in the next share?
-    idx = last_not_above(offsets, num_items, end - 1);
-    int tiles = args.ws.items[idx].num_tiles;
-    int head = (end - 1 - offsets[idx]) / tiles;
-    int piece_begin = offsets[idx] + head * tiles;
-    if (piece_begin >= begin && piece_begin + tiles > end) {
-      args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {
-          c, cut.owner(piece_begin + tiles - 1) - c + 1, idx, head};
+    Item last;
+    share.begin = locate(args, offsets, num_items, begin, share.item);
+    share.end = {num_items, 0, 0};
+    if (end < length) share.end = locate(args, offsets, num_items, end, last);
+    // Does the (item, head) that `end` cuts begin here?
+    if (share.end.tile > 0) {
+      int head_begin = offsets[share.end.item_idx] + share.end.head * head_cost(last);
+      if (head_begin >= begin) {
+        int last_owner = cut.owner(head_begin + kTileCost * (last.num_tiles - 1));
+        args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {c, last_owner - c + 1,
+                                                             share.end.item_idx, share.end.head};
+      }
     }
   }
   args.ws.shares[c] = share;
@@ -157,11 +182,12 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   if (threadIdx.x == 0) scratch.num_merges = scratch.merge_rows = 0;
   __syncthreads();
   int num_items;
-  int num_tiles = list_items(args, scratch, num_items);
-  const int* offsets = num_items <= kCachedOffsets ? scratch.tile_offsets : args.ws.tile_offsets;
-  Cut cut = {num_tiles / args.ws.num_shares, num_tiles % args.ws.num_shares};
+  int length = list_items(args, scratch, num_items);
+  const int* offsets = num_items <= kCachedOffsets ? scratch.cost_offsets : args.ws.cost_offsets;
+  int used = max(1, min(args.ws.num_shares, length / kMinShareCost));
+  Cut cut = {length / used, length % used};
   for (int c = threadIdx.x; c < args.ws.num_shares; c += kThreads) {
-    write_share(args, scratch, offsets, num_items, cut, c);
+    write_share(args, scratch, offsets, num_items, length, cut, c);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
