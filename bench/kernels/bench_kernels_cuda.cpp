@@ -72,6 +72,9 @@ class Bench {
       unmask("temperature 0.6", rows, 0.6f, 0, 1);
       unmask("top_k 20, top_p 0.95", rows, 0.6f, 20, 0.95f);
       unmask("top_p 0.95", rows, 0.6f, 0, 0.95f);
+      // A low temperature makes the flat logits as peaked as a model's.
+      unmask("temperature 0.1", rows, 0.1f, 0, 1);
+      unmask("temperature 0.1, top_p 0.95", rows, 0.1f, 0, 0.95f);
     }
     for (int num_seqs : {1, 8, 32, 128, 512}) build_rows(num_seqs);
     for (int num_copies : {1, 8, 64}) kv_copy(kModels[2], num_copies);
