@@ -47,7 +47,9 @@ struct Share {
 
 // One (item, head) cut across the shares [first_share, first_share + num_parts).
 struct Merge {
-  int first_share, num_parts, item_idx, head;
+  int first_share, num_parts;
+  int head, row_begin, packed_begin, packed_count;  // of the item
+  int pad[2];
 };
 
 struct Header {

@@ -195,13 +195,20 @@ struct Consumer {
       mask<kHeadDim, kTileKeys>(state, scores, tile * kTileKeys, lane);
     }
     bool moved = advance_softmax<kHeadDim, kTileKeys>(state, scores, args.scale_log2, factors);
+    pin(scores);  // not to be put off until after the wait
+    // The wait stands on both ways, behind a branch: within one block of straight code the compiler
+    // would put it in front of the softmax.
+    if (moved) {
+      if (kHeld) wgmma_wait<0>();
+      pin(state.out);
+      rescale(state, factors);
+    }
     if (kHeld) {
       wgmma_wait<0>();
       pin(p);
+      pin(state.out);
       release(held.slot);
     }
-    pin(state.out);
-    if (moved) rescale(state, factors);
 #pragma unroll
     for (int step = 0; step < kTileKeys / 16; ++step) {
       pack_step(p[step], scores[2 * step], scores[2 * step + 1]);

@@ -9,7 +9,7 @@ namespace optimus::cuda::attention {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kCachedOffsets = 4096;  // cost offsets kept in shared memory for the searches
+constexpr int kCachedItems = 768;  // kept in shared memory for the searches; else in the workspace
 
 struct ScheduleArgs {
   const int32_t* cu_seqlens_q;
@@ -23,7 +23,8 @@ struct Scratch {
   int item_offsets[kThreads];  // of the current chunk of sequences
   int row_begin[kThreads];
   int packed_rows[kThreads];
-  int cost_offsets[kCachedOffsets];
+  int cost_offsets[kCachedItems];
+  Item items[kCachedItems];
   int num_merges, merge_rows;
 };
 
@@ -113,7 +114,8 @@ __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_i
       if (index < chunk_items) {
         args.ws.items[num_items + index] = item;
         args.ws.cost_offsets[num_items + index] = offset;
-        if (num_items + index < kCachedOffsets) {
+        if (num_items + index < kCachedItems) {
+          scratch.items[num_items + index] = item;
           scratch.cost_offsets[num_items + index] = offset;
         }
       }
@@ -124,6 +126,12 @@ __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_i
   }
   return length;
 }
+
+struct Line {
+  const Item* items;
+  const int* offsets;
+  int num_items, length;
+};
 
 // Interval c is [begin(c), begin(c + 1)): the line in equal parts, the first few longer by one.
 struct Cut {
@@ -136,40 +144,44 @@ struct Cut {
 };
 
 // The first tile at or behind `place`, and the item it belongs to.
-__device__ Position locate(const ScheduleArgs& args, const int* offsets, int num_items, int place,
-                           Item& item) {
-  Position at = {last_not_above(offsets, num_items, place), 0, 0};
-  item = args.ws.items[at.item_idx];
-  int rest = place - offsets[at.item_idx], cost = head_cost(item);
+__device__ Position locate(const Line& line, int num_kv_heads, int place, Item& item) {
+  Position at = {last_not_above(line.offsets, line.num_items, place), 0, 0};
+  item = line.items[at.item_idx];
+  int rest = place - line.offsets[at.item_idx], cost = head_cost(item);
   at.head = rest / cost;
   rest -= at.head * cost;
   at.tile = (rest + kTileCost - 1) / kTileCost;
   if (at.tile >= item.num_tiles) {
     at.tile = 0;
-    if (++at.head == args.num_kv_heads) {
+    if (++at.head == num_kv_heads) {
       at.head = 0;
-      if (++at.item_idx < num_items) item = args.ws.items[at.item_idx];
+      if (++at.item_idx < line.num_items) item = line.items[at.item_idx];
     }
   }
   return at;
 }
 
-__device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const int* offsets,
-                            int num_items, int length, Cut cut, int c) {
-  int begin = cut.begin(c), end = min(cut.begin(c + 1), length);
+__device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const Line& line, Cut cut,
+                            int c) {
+  int begin = cut.begin(c), end = min(cut.begin(c + 1), line.length);
   Share share = {};
   if (end > begin) {
     Item last;
-    share.begin = locate(args, offsets, num_items, begin, share.item);
-    share.end = {num_items, 0, 0};
-    if (end < length) share.end = locate(args, offsets, num_items, end, last);
+    share.begin = locate(line, args.num_kv_heads, begin, share.item);
+    share.end = {line.num_items, 0, 0};
+    if (end < line.length) share.end = locate(line, args.num_kv_heads, end, last);
     // Does the (item, head) that `end` cuts begin here?
     if (share.end.tile > 0) {
-      int head_begin = offsets[share.end.item_idx] + share.end.head * head_cost(last);
+      int head_begin = line.offsets[share.end.item_idx] + share.end.head * head_cost(last);
       if (head_begin >= begin) {
         int last_owner = cut.owner(head_begin + kTileCost * (last.num_tiles - 1));
-        args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {c, last_owner - c + 1,
-                                                             share.end.item_idx, share.end.head};
+        args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {c,
+                                                             last_owner - c + 1,
+                                                             share.end.head,
+                                                             last.row_begin,
+                                                             last.packed_begin,
+                                                             last.packed_count,
+                                                             {}};
       }
     }
   }
@@ -181,13 +193,16 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   wait_for_previous_kernel();
   if (threadIdx.x == 0) scratch.num_merges = scratch.merge_rows = 0;
   __syncthreads();
-  int num_items;
-  int length = list_items(args, scratch, num_items);
-  const int* offsets = num_items <= kCachedOffsets ? scratch.cost_offsets : args.ws.cost_offsets;
-  int used = max(1, min(args.ws.num_shares, length / kMinShareCost));
-  Cut cut = {length / used, length % used};
+  Line line = {scratch.items, scratch.cost_offsets, 0, 0};
+  line.length = list_items(args, scratch, line.num_items);
+  if (line.num_items > kCachedItems) {
+    line.items = args.ws.items;
+    line.offsets = args.ws.cost_offsets;
+  }
+  int used = max(1, min(args.ws.num_shares, line.length / kMinShareCost));
+  Cut cut = {line.length / used, line.length % used};
   for (int c = threadIdx.x; c < args.ws.num_shares; c += kThreads) {
-    write_share(args, scratch, offsets, num_items, length, cut, c);
+    write_share(args, scratch, line, cut, c);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
