@@ -18,8 +18,6 @@ constexpr int kTileColumns = kTileChunks * kChunk;
 constexpr float kLog2E = 1.4426950408889634f;
 // Smaller logits (-inf too) count as this one: no weight, and no infinities in the sums.
 constexpr float kLowest = -1e20f;
-// Above any Gumbel noise: u <= 1 - 2^-24.
-constexpr float kMaxNoise = 16.64f;
 
 // What a tile, and then a row, adds up to; x = logit, m = largest logit.
 struct alignas(16) RowSums {
@@ -102,12 +100,14 @@ __device__ __forceinline__ uint64_t noise_key_of(const UnmaskParams& p, int row,
 static __device__ __noinline__ float noisy_logit(float scaled, uint64_t key, int32_t column) {
   return __fadd_rn(scaled, gumbel_noise(key, column));
 }
-// Whether the noise could lift `scaled` to `best`. -log(-log(u)) reaches d only if 1 - u <= exp(-d):
-// one fast exponential, with a margin for its error, spares most tokens both logarithms.
-__device__ __forceinline__ bool could_reach(float scaled, uint64_t key, int32_t column,
-                                            float best) {
+// 1 - u of a token's noise, exactly.
+__device__ __forceinline__ float distance_from_one(uint64_t key, int32_t column) {
   const uint32_t bits = mix64(key ^ static_cast<uint32_t>(column)) >> 41;
-  const float one_minus_u = (static_cast<float>(0x7fffffu - bits) + 0.5f) * 0x1p-23f;
+  return (static_cast<float>(0x7fffffu - bits) + 0.5f) * 0x1p-23f;
+}
+// Whether noise could lift `scaled` to `best`. -log(-log(u)) reaches d only if 1 - u <= exp(-d): one
+// fast exponential, with a margin for its error, spares most tokens both logarithms.
+__device__ __forceinline__ bool could_reach(float scaled, float one_minus_u, float best) {
   return one_minus_u <= 1.001f * exp2_fast((scaled - best) * kLog2E);
 }
 

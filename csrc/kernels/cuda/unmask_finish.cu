@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kListSize = 1024;
-constexpr int kTopP = 64;  // logits that the short way bounds when there is no top-k
+constexpr int kTopP = 64;  // logits that the short way bounds at first when there is no top-k
 
 constexpr int kDigits = 16;  // a digit of a key is 4 bits, and a warp sums up a digit
 static_assert(kDigits == kWarps);
@@ -154,9 +154,10 @@ __device__ bool floor_from_list(const Shared& shared, const Sampling& sampling, 
   return sampling.top_k > 0;
 }
 
+// Collects at least the `bounded` largest logits; false if that is not enough, or not possible.
 template <class Row>
-__device__ bool find_floor_short(const Row& row, const Sampling& sampling, Shared& shared) {
-  const int bounded = sampling.top_k > 0 ? sampling.top_k : min(kTopP, row.num_tiles);
+__device__ bool find_floor_short(const Row& row, const Sampling& sampling, int bounded,
+                                 Shared& shared) {
   if (row.num_tiles > kListSize || bounded > row.num_tiles) return false;
   for (int tile = threadIdx.x; tile < row.num_tiles; tile += kThreads) {
     shared.list.values[tile] = row.tile_max(tile);
@@ -283,13 +284,16 @@ __device__ int32_t sample_filtered(const Row& row, const Sampling& sampling, uin
   float best = -INFINITY;
   int32_t column = INT32_MAX;
   auto visit = [&](int32_t candidate, float scaled) {
-    if (!could_reach(scaled, key, candidate, best)) return;
+    if (!could_reach(scaled, distance_from_one(key, candidate), best)) return;
     float noisy = noisy_logit(scaled, key, candidate);
     if (!is_better(noisy, candidate, best, column)) return;
     best = noisy;
     column = candidate;
   };
-  if (find_floor_short(row, sampling, shared)) {
+  // Without a top-k, try a few logits first, and then as many as a list holds of a usual row.
+  const int few = sampling.top_k > 0 ? sampling.top_k : min(kTopP, row.num_tiles);
+  if (find_floor_short(row, sampling, few, shared) ||
+      (sampling.top_k == 0 && find_floor_short(row, sampling, row.num_tiles, shared))) {
     for (int i = threadIdx.x; i < shared.list_count; i += kThreads) {
       if (shared.list.values[i] >= shared.floor)
         visit(shared.list.columns[i], shared.list.values[i]);
@@ -301,39 +305,34 @@ __device__ int32_t sample_filtered(const Row& row, const Sampling& sampling, uin
   return best_column(best, column, shared);
 }
 
-// Adds the sums of other columns of the same row.
-__device__ __forceinline__ void merge(RowSums& sums, const RowSums& other, float scale) {
-  const float max = fmaxf(sums.max, other.max);
-  const float own_distance = sums.max - max, distance = other.max - max;
-  const float own_factor = exp2_fast(own_distance * scale * kLog2E);
-  const float factor = exp2_fast(distance * scale * kLog2E);
-  sums.weighted = (sums.weighted + sums.sum * own_distance) * own_factor +
-                  (other.weighted + other.sum * distance) * factor;
-  sums.sum = sums.sum * own_factor + other.sum * factor;
-  sums.plain_sum = sums.plain_sum * exp2_fast(own_distance * kLog2E) +
-                   other.plain_sum * exp2_fast(distance * kLog2E);
-  if (is_better(other.max, other.argmax, sums.max, sums.argmax)) sums.argmax = other.argmax;
-  if (is_better(other.noisy, other.sampled, sums.noisy, sums.sampled)) {
-    sums.noisy = other.noisy;
-    sums.sampled = other.sampled;
-  }
-  sums.max = max;
-}
-
 // By a warp; complete in every lane.
 __device__ RowSums add_tiles(const RowSums* tiles, int num_tiles, float scale) {
+  const int lane = threadIdx.x % kWarp;
   RowSums sums{kLowest, 0, 0, 0, -INFINITY, INT32_MAX, INT32_MAX, 0};
 #pragma unroll 4
-  for (int t = threadIdx.x % kWarp; t < num_tiles; t += kWarp) merge(sums, tiles[t], scale);
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    auto from_partner = [&](auto value) { return __shfl_xor_sync(0xffffffffu, value, offset); };
-    merge(sums,
-          {from_partner(sums.max), from_partner(sums.sum), from_partner(sums.weighted),
-           from_partner(sums.plain_sum), from_partner(sums.noisy), from_partner(sums.argmax),
-           from_partner(sums.sampled), 0},
-          scale);
+  for (int t = lane; t < num_tiles; t += kWarp) sums.max = fmaxf(sums.max, tiles[t].max);
+  sums.max = warp_max(sums.max);
+#pragma unroll 4
+  for (int t = lane; t < num_tiles; t += kWarp) {
+    const RowSums tile = tiles[t];
+    const float distance = tile.max - sums.max;
+    const float factor = exp2_fast(distance * scale * kLog2E);
+    sums.sum += tile.sum * factor;
+    sums.weighted += (tile.weighted + tile.sum * distance) * factor;
+    sums.plain_sum += tile.plain_sum * exp2_fast(distance * kLog2E);
+    if (tile.max == sums.max) sums.argmax = min(sums.argmax, tile.argmax);
+    if (is_better(tile.noisy, tile.sampled, sums.noisy, sums.sampled)) {
+      sums.noisy = tile.noisy;
+      sums.sampled = tile.sampled;
+    }
   }
+  sums.sum = reduce_lanes(sums.sum, Sum());
+  sums.weighted = reduce_lanes(sums.weighted, Sum());
+  sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
+  sums.argmax = warp_min(sums.argmax);
+  const float noisy = warp_max(sums.noisy);
+  sums.sampled = warp_min(sums.noisy == noisy ? sums.sampled : INT32_MAX);
+  sums.noisy = noisy;
   return sums;
 }
 

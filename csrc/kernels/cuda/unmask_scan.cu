@@ -141,11 +141,16 @@ __device__ __forceinline__ void add_sampled(const Tile<T>& tile, const Sampling&
       sums.sum += weight;
       sums.weighted += weight * distance;
       sums.plain_sum += exp2_fast(distance * kLog2E);
-      if (sampling.filtered) continue;
+    }
+    if (sampling.filtered) continue;
+    float one_minus_u[kChunk];  // apart from the tests, which depend on each other
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) one_minus_u[j] = distance_from_one(key, first + j);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
       const float scaled = __fmul_rn(x[j], sampling.scale);
       const bool inside = tile.chunk(i) < tile.end && first + j < vocab_size;
-      const bool candidate =
-          inside && scaled + kMaxNoise >= best && could_reach(scaled, key, first + j, best);
+      const bool candidate = inside && could_reach(scaled, one_minus_u[j], best);
       if (!__any_sync(0xffffffffu, candidate)) continue;
       if (candidate) {
         float noisy = noisy_logit(scaled, key, first + j);
