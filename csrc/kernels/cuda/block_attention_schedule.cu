@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <climits>
+
 #include "kernels/cuda/block_attention_ptx.cuh"
 #include "kernels/cuda/launch.cuh"
 
@@ -26,6 +28,7 @@ struct Scratch {
   int cost_offsets[kCachedItems];
   Item items[kCachedItems];
   int num_merges, merge_rows;
+  int least_cost, largest_cost;  // of a head
 };
 
 // Exclusive prefix sum over the CTA; `total` gets the sum. Two barriers.
@@ -73,14 +76,17 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
   return item;
 }
 
-// Costs, in half tiles. A head's tiles are followed by what a piece costs beside them: loading Q,
-// merging and writing its rows.
-constexpr int kTileCost = 2;
+// Costs, in quarters of a small item's tile. A head's tiles are followed by what a piece costs beside
+// them: loading Q, merging and writing its rows. More than 64 packed rows cost a little more.
+__device__ bool is_tall(const Item& item) { return item.packed_count > 64; }
+__device__ int tile_cost(const Item& item) { return is_tall(item) ? 5 : 4; }
+__device__ int piece_cost(const Item& item) { return is_tall(item) ? 11 : 6; }
+__device__ int head_cost(const Item& item) {
+  return piece_cost(item) + tile_cost(item) * item.num_tiles;
+}
 // Shares are at least this long. No share that a head runs through may be without a tile of it, for
-// the merge takes a part from each: so not below kTileCost.
-constexpr int kMinShareCost = kTileCost;
-__device__ int piece_cost(const Item& item) { return item.packed_count > 64 ? 5 : 3; }
-__device__ int head_cost(const Item& item) { return piece_cost(item) + kTileCost * item.num_tiles; }
+// the merge takes a part from each: so not below any tile_cost.
+constexpr int kMinShareCost = 5;
 
 // Writes all items and their cost offsets; returns the length of the line, `num_items` by reference.
 __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_items) {
@@ -108,6 +114,8 @@ __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_i
                          index - scratch.item_offsets[seq_in_chunk]);
         cost = head_cost(item) * args.num_kv_heads;
         atomicMax(&scratch.merge_rows, item.packed_count);
+        atomicMin(&scratch.least_cost, head_cost(item));
+        atomicMax(&scratch.largest_cost, head_cost(item));
       }
       int total;
       int offset = length + exclusive_scan(cost, scratch.warp_sums, total);
@@ -150,7 +158,7 @@ __device__ Position locate(const Line& line, int num_kv_heads, int place, Item& 
   int rest = place - line.offsets[at.item_idx], cost = head_cost(item);
   at.head = rest / cost;
   rest -= at.head * cost;
-  at.tile = (rest + kTileCost - 1) / kTileCost;
+  at.tile = (rest + tile_cost(item) - 1) / tile_cost(item);
   if (at.tile >= item.num_tiles) {
     at.tile = 0;
     if (++at.head == num_kv_heads) {
@@ -174,7 +182,7 @@ __device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const Li
     if (share.end.tile > 0) {
       int head_begin = line.offsets[share.end.item_idx] + share.end.head * head_cost(last);
       if (head_begin >= begin) {
-        int last_owner = cut.owner(head_begin + kTileCost * (last.num_tiles - 1));
+        int last_owner = cut.owner(head_begin + tile_cost(last) * (last.num_tiles - 1));
         args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {c,
                                                              last_owner - c + 1,
                                                              share.end.head,
@@ -188,10 +196,60 @@ __device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const Li
   args.ws.shares[c] = share;
 }
 
+// When all heads cost the same (one request, or requests of the same length), shares of whole heads,
+// or heads in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
+struct Even {
+  int heads = 0;  // per share; or
+  int parts = 0;  // per head
+  __device__ bool used() const { return heads > 0 || parts > 0; }
+};
+
+__device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
+  Even even;
+  int num_heads = line.num_items * num_kv_heads;
+  if (num_heads == 0) return even;
+  if (num_heads > num_shares) {
+    int heads = (num_heads + num_shares - 1) / num_shares;
+    if (num_heads * 10 >= heads * num_shares * 9) even.heads = heads;
+  } else if (num_shares / num_heads * num_heads * 10 >= num_shares * 9) {
+    // A tall part of one tile would cost more to merge than it saves.
+    int most = max(1, line.items[0].num_tiles / (is_tall(line.items[0]) ? 2 : 1));
+    even.parts = min(num_shares / num_heads, most);
+  }
+  return even;
+}
+
+__device__ void write_even_share(const ScheduleArgs& args, Scratch& scratch, const Line& line,
+                                 Even even, int c) {
+  int num_heads = line.num_items * args.num_kv_heads;
+  int parts = max(even.parts, 1), heads = max(even.heads, 1);
+  int head = c / parts * heads, part = c % parts;
+  Share share = {};
+  if (head < num_heads) {
+    share.item = line.items[head / args.num_kv_heads];
+    int tiles = share.item.num_tiles;
+    share.begin = {head / args.num_kv_heads, head % args.num_kv_heads, part * tiles / parts};
+    int next = min(head + heads, num_heads);
+    share.end = {next / args.num_kv_heads, next % args.num_kv_heads, 0};
+    if (part + 1 < parts) {
+      share.end = {share.begin.item_idx, share.begin.head, (part + 1) * tiles / parts};
+      const Item& item = share.item;
+      if (part == 0) {
+        args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {
+            c, parts, share.begin.head, item.row_begin, item.packed_begin, item.packed_count, {}};
+      }
+    }
+  }
+  args.ws.shares[c] = share;
+}
+
 __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args) {
   __shared__ Scratch scratch;
   wait_for_previous_kernel();
-  if (threadIdx.x == 0) scratch.num_merges = scratch.merge_rows = 0;
+  if (threadIdx.x == 0) {
+    scratch.num_merges = scratch.merge_rows = scratch.largest_cost = 0;
+    scratch.least_cost = INT_MAX;
+  }
   __syncthreads();
   Line line = {scratch.items, scratch.cost_offsets, 0, 0};
   line.length = list_items(args, scratch, line.num_items);
@@ -199,10 +257,17 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
     line.items = args.ws.items;
     line.offsets = args.ws.cost_offsets;
   }
+  Even even = scratch.least_cost == scratch.largest_cost
+                  ? cut_evenly(line, args.num_kv_heads, args.ws.num_shares)
+                  : Even{};
   int used = max(1, min(args.ws.num_shares, line.length / kMinShareCost));
   Cut cut = {line.length / used, line.length % used};
   for (int c = threadIdx.x; c < args.ws.num_shares; c += kThreads) {
-    write_share(args, scratch, line, cut, c);
+    if (even.used()) {
+      write_even_share(args, scratch, line, even, c);
+    } else {
+      write_share(args, scratch, line, cut, c);
+    }
   }
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -263,6 +263,21 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnLongSequences) {
   check_step(rng, {4, 1, 64, 16}, {std::vector<int>(32, 9999), {17}}, pool);
 }
 
+// Requests of one length: heads in equal parts, or several whole heads per share.
+TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnEvenSteps) {
+  Rng rng(311);
+  for (int num_seqs : {1, 2, 16, 33}) {
+    for (int rows : {1, 5, 9, 40}) {
+      for (int last : {50, 64 + rows, 700}) {
+        Limits limits(num_seqs, staircase(rows, 32, last));
+        check_step(rng, {16, 8, 64, 64}, limits, pool);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+  check_step(rng, {8, 2, 128, 64}, Limits(1, std::vector<int>(32, 4100)), pool);
+}
+
 // Shares of many tiles: the ring of slots goes round several times, within and across pieces.
 TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnLongShares) {
   Rng rng(310);
