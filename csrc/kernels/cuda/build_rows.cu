@@ -311,7 +311,7 @@ void build_rows(const BuildRowsParams& p, cudaStream_t stream) {
                 p.pad_rows_to);
   LaunchShape shape{dim3(1), dim3(kThreads)};
   if (device_properties().major >= 9) {
-    // A small step needs no helpers; a large one has a warp for every few sequences.
+    // A small step fits into one CTA; a large one has a warp for every few sequences.
     int work = std::max(p.num_seqs * kWarp, p.pad_rows_to);
     while (shape.cluster < kCluster && shape.cluster * kThreads < work) shape.cluster *= 2;
     shape.grid = dim3(shape.cluster);
