@@ -1,6 +1,9 @@
 // Times block_attention on the GPU and compares it with a plain read of the same bytes.
 //
 //   bench_block_attention_cuda [--json FILE] [--only grid|ragged|prefill] [--quick]
+//                              [--case NAME] [--once]
+//
+// --case runs the one case of that name; --once calls it once, for a profiler.
 //
 // Every figure is the median over replays of one CUDA graph that holds several calls, each on KV of
 // its own, so that nothing is found in the L2; pages lie in random order. `us` counts one schedule
@@ -148,6 +151,12 @@ class Bench {
       cuda::block_attention(params, stream_);
     };
     auto schedule = [&] { cuda::block_attention_schedule(params, stream_); };
+    if (once) {
+      schedule();
+      attend(0);
+      OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream_));
+      return result;
+    }
     result.schedule_us = replay_us(
                              stream_,
                              [&] {
@@ -174,6 +183,7 @@ class Bench {
   }
 
   double copy_gbps = 0, read_gbps = 0;
+  bool once = false;
 
  private:
   static int calls_for(size_t bytes) {
@@ -277,13 +287,15 @@ Batch mixed(int seqs, int kv_len) {
 }
 
 int main_with(int argc, char** argv) {
-  std::string json, only;
+  std::string json, only, wanted;
   int replays = 15;
-  bool quick = false;
+  bool quick = false, once = false;
   for (int i = 1; i < argc; ++i) {
     if (!std::strcmp(argv[i], "--json") && i + 1 < argc) json = argv[++i];
     if (!std::strcmp(argv[i], "--only") && i + 1 < argc) only = argv[++i];
+    if (!std::strcmp(argv[i], "--case") && i + 1 < argc) wanted = argv[++i];
     if (!std::strcmp(argv[i], "--quick")) quick = true;
+    if (!std::strcmp(argv[i], "--once")) once = true;
   }
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
@@ -291,9 +303,11 @@ int main_with(int argc, char** argv) {
     return 0;
   }
   Bench bench(replays);
-  bench.print_peaks();
+  bench.once = once;
+  if (!once) bench.print_peaks();
   std::vector<Result> results;
   auto add = [&](const std::string& name, const Batch& batch) {
+    if (!wanted.empty() && name != wanted) return;
     results.push_back(bench.run(name, batch));
     print(results.back());
   };

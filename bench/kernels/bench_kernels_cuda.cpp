@@ -4,7 +4,9 @@
 //
 // `%` is the time that the ceilings allow over the measured time: bytes that must move over the copy
 // bandwidth, or operations over the bf16 GEMM rate, whichever takes longer; both ceilings are
-// measured first, by the same program. Small cases are bound by launching, not by either.
+// measured first, by the same program: the best of a few ways to copy gigabytes and of a few large
+// products. Small cases are bound by launching, not by either: `copy` lines show what a plain copy
+// kernel takes that moves as many bytes.
 #include <cstring>
 
 #include "cuda_timing.h"
@@ -41,6 +43,7 @@ class Bench {
   }
 
   void run() {
+    for (double megabytes : {0.1, 1.0, 4.0, 8.0, 16.0, 19.5, 64.0, 128.0}) copy(megabytes * 1e6);
     for (const ModelShape& model : kModels) {
       for (int rows : kRows) {
         embedding(model, rows);
@@ -63,11 +66,15 @@ class Bench {
       qk_norm_rope_kv_write(kModels[2], rows);
       silu_mul(kModels[2], rows);
     }
+    arena_.refill();
     for (int rows : kRows) {
       unmask("greedy", rows, 0, 0, 1);
       unmask("temperature 0.6", rows, 0.6f, 0, 1);
       unmask("top_k 20, top_p 0.95", rows, 0.6f, 20, 0.95f);
       unmask("top_p 0.95", rows, 0.6f, 0, 0.95f);
+      // A low temperature makes the flat logits as peaked as a model's.
+      unmask("temperature 0.1", rows, 0.1f, 0, 1);
+      unmask("temperature 0.1, top_p 0.95", rows, 0.1f, 0, 0.95f);
     }
     for (int num_seqs : {1, 8, 32, 128, 512}) build_rows(num_seqs);
     for (int num_copies : {1, 8, 64}) kv_copy(kModels[2], num_copies);
@@ -83,17 +90,40 @@ class Bench {
     OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
     OPTIMUS_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
     ceilings_.device = properties.name;
-    const size_t bytes = arena_.bytes() / 2;
-    double us = time_us(stream_, 4, [&](int, cudaStream_t stream) {
-      OPTIMUS_CUDA_CHECK(cudaMemcpyAsync(arena_.data() + bytes, arena_.data(), bytes,
+    const size_t half = arena_.bytes() / 2;
+    double us = time_us(stream_, 2, [&](int, cudaStream_t stream) {
+      OPTIMUS_CUDA_CHECK(cudaMemcpyAsync(arena_.data() + half, arena_.data(), half,
                                          cudaMemcpyDeviceToDevice, stream));
     });
-    ceilings_.copy_gb_s = 2.0 * bytes / us * 1e-3;
-    const int size = 8192;
-    us = time_gemm(size, size, size);
-    ceilings_.gemm_tflops = 2.0 * size * size * size / us * 1e-6;
-    std::printf("%s: copy %.0f GB/s (read + write), bf16 GEMM of %d %.0f TFLOP/s\n",
-                ceilings_.device.c_str(), ceilings_.copy_gb_s, size, ceilings_.gemm_tflops);
+    ceilings_.copy_gb_s = 2.0 * half / std::min(us, time_copy(2.0 * half)) * 1e-3;
+    for (int size : {4096, 8192}) {
+      us = time_gemm(size, size, size);
+      ceilings_.gemm_tflops = std::max(ceilings_.gemm_tflops, 2.0 * size * size * size / us * 1e-6);
+    }
+    std::printf("%s: copy %.0f GB/s (read + write), bf16 GEMM %.0f TFLOP/s\n",
+                ceilings_.device.c_str(), ceilings_.copy_gb_s, ceilings_.gemm_tflops);
+  }
+
+  // A plain copy kernel that reads and writes `bytes` in all: one page of kv_copy.
+  double time_copy(double bytes) {
+    const size_t part = static_cast<size_t>(bytes / 4) / 16 * 16;
+    std::vector<void*> k(kLaunches), v(kLaunches);
+    for (int i = 0; i < kLaunches; ++i) {
+      k[i] = arena_.part(i, 4 * part);
+      v[i] = static_cast<char*>(k[i]) + 2 * part;
+    }
+    DeviceBuffer<void*> k_pools(kLaunches), v_pools(kLaunches);
+    copy_to_device(k_pools.data(), k.data(), k.size(), stream_);
+    copy_to_device(v_pools.data(), v.data(), v.size(), stream_);
+    auto src = indices(1, [](int) { return 0; }), dst = indices(1, [](int) { return 1; });
+    return time_us(stream_, bytes > 1e9 ? 2 : kLaunches, [&](int i, cudaStream_t stream) {
+      cuda::kv_copy({k_pools.data() + i, v_pools.data() + i, src.data(), dst.data(), 1, 1, part},
+                    stream);
+    });
+  }
+  void copy(double bytes) {
+    if (!wants("copy")) return;
+    report("copy", concat(bytes * 1e-6, " MB moved"), 1, time_copy(bytes), bytes);
   }
 
   bool wants(const char* op) const { return only_.empty() || only_ == op; }

@@ -66,7 +66,7 @@ Workspace layout_workspace(const BlockAttentionParams& params) {
   ws.shares = reinterpret_cast<Share*>(take(sizeof(Share) * ws.num_shares));
   ws.merges = reinterpret_cast<Merge*>(take(sizeof(Merge) * ws.num_shares));
   ws.items = reinterpret_cast<Item*>(take(sizeof(Item) * ws.max_items));
-  ws.tile_offsets = reinterpret_cast<int*>(take(sizeof(int) * ws.max_items));
+  ws.cost_offsets = reinterpret_cast<int*>(take(sizeof(int) * ws.max_items));
   ws.partial_ml = reinterpret_cast<float2*>(take(sizeof(float2) * partial_rows));
   ws.partial_out = reinterpret_cast<float*>(take(sizeof(float) * partial_rows * params.head_dim));
   return ws;

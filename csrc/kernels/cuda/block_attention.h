@@ -6,11 +6,12 @@
 //                              shares (combine kernel).
 //
 // The unit of work is a *tile*: kTileKeys keys of one KV head against one *item*, and an item is up
-// to kMaxPackedRows packed rows (row x GQA group) of one sequence. Tiles are numbered item by item,
-// within an item KV head by KV head, within a head by key; share c is the c-th equal interval of
-// these numbers. A *piece* is the part of one (item, head) that lies in one share: a share holds at
-// most one piece that began in an earlier share (partial slot 0) and one that goes on into a later
-// share (partial slot 1); all pieces in between are whole and go straight to the output.
+// to kMaxPackedRows packed rows (row x GQA group) of one sequence. Tiles lie on a line of costs, item
+// by item, within an item KV head by KV head, within a head by key; share c is the tiles that begin
+// in the c-th equal interval of the line. A *piece* is the part of one (item, head) that lies in one
+// share: a share holds at most one piece that began in an earlier share (partial slot 0) and one that
+// goes on into a later share (partial slot 1); all pieces in between are whole and go straight to
+// the output.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -32,20 +33,28 @@ struct Item {
   int pad;
 };
 
+// A tile's place on the line.
+struct Position {
+  int item_idx, head, tile;
+};
+
+// The tiles from `begin` to before `end`.
 struct Share {
-  Item item;  // a copy of items[item_idx], to start without another dependent load
-  int item_idx, head, first_tile;
-  int num_tiles;  // of the share; 0 = nothing to do
+  Item item;  // a copy of items[begin.item_idx], to start without another dependent load
+  Position begin, end;
+  int pad[2];
 };
 
 // One (item, head) cut across the shares [first_share, first_share + num_parts).
 struct Merge {
-  int first_share, num_parts, item_idx, head;
+  int first_share, num_parts;
+  int head, row_begin, packed_begin, packed_count;  // of the item
+  int pad[2];
 };
 
 struct Header {
   int num_merges;
-  int merge_rows;  // largest packed_count of any item
+  int merge_rows;  // the largest packed_count of any item
   int pad[2];
 };
 
@@ -55,7 +64,7 @@ struct Workspace {
   Share* shares;      // [num_shares]
   Merge* merges;      // [num_shares]
   Item* items;        // [max_items]
-  int* tile_offsets;  // [max_items] number of the item's first tile
+  int* cost_offsets;  // [max_items] where on the line the item begins
   float2*
       partial_ml;  // [num_shares * 2, partial_rows] running max (of scores * scale * log2 e), sum
   float* partial_out;  // [num_shares * 2, partial_rows, head_dim] unnormalised sums

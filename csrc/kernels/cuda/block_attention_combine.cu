@@ -1,5 +1,5 @@
-// One warp per packed row: weights from all parts' (max, sum) first, then the parts' sums in the order
-// of their keys, so the result does not depend on which CTA finished when.
+// One warp per packed row: takes the parts' sums in the order of their keys, so the result does not
+// depend on which CTA finished when. Loads come in batches, for there is little else to wait for.
 #include "kernels/cuda/block_attention_combine.cuh"
 
 #include <cuda_bf16.h>
@@ -12,7 +12,8 @@ namespace optimus::cuda::attention {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kCtasPerSm = 2;
+constexpr int kCtasPerSm = 8;  // a warp for every row in most steps
+constexpr int kBatch = 4;      // parts loaded together
 
 struct CombineArgs {
   __nv_bfloat16* out;
@@ -27,45 +28,55 @@ __device__ __forceinline__ size_t part_row(const Workspace& ws, const Merge& mer
   return static_cast<size_t>(slot) * ws.partial_rows + packed;
 }
 
+// A lane's share of a row.
+template <int kCount>
+struct alignas(kCount * 4) Columns {
+  float values[kCount];
+};
+
 template <int kHeadDim>
 __device__ void combine_row(const CombineArgs& args, const Merge& merge, int packed, int lane) {
   constexpr int kPerLane = kHeadDim / 32;
-  const Workspace& ws = args.ws;
-  float max = -INFINITY;
-  for (int i = lane; i < merge.num_parts; i += 32) {
-    max = fmaxf(max, ws.partial_ml[part_row(ws, merge, i, packed)].x);
-  }
-  for (int delta = 16; delta > 0; delta /= 2) {
-    max = fmaxf(max, __shfl_xor_sync(~0u, max, delta));
-  }
-  float total[kPerLane] = {}, sum = 0;
-#pragma unroll 4
-  for (int i = 0; i < merge.num_parts; ++i) {
-    size_t row = part_row(ws, merge, i, packed);
-    float2 ml = ws.partial_ml[row];
-    float factor = ptx::exp2_approx(ml.x - max);
-    const float* part = ws.partial_out + row * kHeadDim + lane * kPerLane;
-    sum += factor * ml.y;
-    if constexpr (kPerLane == 4) {
-      float4 values = *reinterpret_cast<const float4*>(part);
-      total[0] += factor * values.x;
-      total[1] += factor * values.y;
-      total[2] += factor * values.z;
-      total[3] += factor * values.w;
-    } else {
-      float2 values = *reinterpret_cast<const float2*>(part);
-      total[0] += factor * values.x;
-      total[1] += factor * values.y;
+  using Part = Columns<kPerLane>;
+  const Part* parts = reinterpret_cast<const Part*>(args.ws.partial_out) + lane;
+  Part total = {};
+  float max = -INFINITY, sum = 0;
+  for (int first = 0; first < merge.num_parts; first += kBatch) {
+    float2 ml[kBatch];
+    Part part[kBatch];
+    float old_max = max;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      ml[j] = {-INFINITY, 0};
+      part[j] = {};
+      if (first + j < merge.num_parts) {
+        size_t row = part_row(args.ws, merge, first + j, packed);
+        ml[j] = args.ws.partial_ml[row];
+        part[j] = parts[row * 32];
+      }
+      max = fmaxf(max, ml[j].x);
+    }
+    float base = max == -INFINITY ? 0.0f : max;  // so far all keys lie past the row's limit
+    float factor = ptx::exp2_approx(old_max - base);
+    sum *= factor;
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) total.values[k] *= factor;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      factor = ptx::exp2_approx(ml[j].x - base);
+      sum += factor * ml[j].y;
+#pragma unroll
+      for (int k = 0; k < kPerLane; ++k) total.values[k] += factor * part[j].values[k];
     }
   }
-  const Item& item = ws.items[merge.item_idx];
-  packed += item.packed_begin;
-  size_t head = static_cast<size_t>(item.row_begin + packed / args.group) * args.num_q_heads +
+  packed += merge.packed_begin;
+  size_t head = static_cast<size_t>(merge.row_begin + packed / args.group) * args.num_q_heads +
                 merge.head * args.group + packed % args.group;
   uint32_t* to = reinterpret_cast<uint32_t*>(args.out + head * kHeadDim + lane * kPerLane);
+  float factor = 1.0f / sum;
 #pragma unroll
   for (int j = 0; j < kPerLane / 2; ++j) {
-    to[j] = ptx::pack_bf16(total[2 * j] / sum, total[2 * j + 1] / sum);
+    to[j] = ptx::pack_bf16(total.values[2 * j] * factor, total.values[2 * j + 1] * factor);
   }
 }
 
@@ -78,9 +89,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineArgs args) {
   for (int i = warp; i < header.num_merges * header.merge_rows; i += num_warps) {
     const Merge merge = args.ws.merges[i / header.merge_rows];
     int packed = i % header.merge_rows;
-    if (packed < args.ws.items[merge.item_idx].packed_count) {
-      combine_row<kHeadDim>(args, merge, packed, lane);
-    }
+    if (packed < merge.packed_count) combine_row<kHeadDim>(args, merge, packed, lane);
   }
 }
 

@@ -106,6 +106,9 @@ __device__ __forceinline__ void copies_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// Waits for all copies this thread has issued.
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // ------------------------------------------------------------------------------------ tensor cores
 
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], uint32_t address) {

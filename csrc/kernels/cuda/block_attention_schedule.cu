@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <climits>
+
 #include "kernels/cuda/block_attention_ptx.cuh"
 #include "kernels/cuda/launch.cuh"
 
@@ -9,7 +11,7 @@ namespace optimus::cuda::attention {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kCachedOffsets = 4096;  // tile offsets kept in shared memory for the searches
+constexpr int kCachedItems = 768;  // kept in shared memory for the searches; else in the workspace
 
 struct ScheduleArgs {
   const int32_t* cu_seqlens_q;
@@ -23,8 +25,10 @@ struct Scratch {
   int item_offsets[kThreads];  // of the current chunk of sequences
   int row_begin[kThreads];
   int packed_rows[kThreads];
-  int tile_offsets[kCachedOffsets];
+  int cost_offsets[kCachedItems];
+  Item items[kCachedItems];
   int num_merges, merge_rows;
+  int least_cost, largest_cost;  // of a head
 };
 
 // Exclusive prefix sum over the CTA; `total` gets the sum. Two barriers.
@@ -72,9 +76,21 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
   return item;
 }
 
-// Writes all items and their tile offsets; returns the number of tiles, `num_items` by reference.
+// Costs, in quarters of a small item's tile. A head's tiles are followed by what a piece costs beside
+// them: loading Q, merging and writing its rows. More than 64 packed rows cost a little more.
+__device__ bool is_tall(const Item& item) { return item.packed_count > 64; }
+__device__ int tile_cost(const Item& item) { return is_tall(item) ? 5 : 4; }
+__device__ int piece_cost(const Item& item) { return is_tall(item) ? 11 : 6; }
+__device__ int head_cost(const Item& item) {
+  return piece_cost(item) + tile_cost(item) * item.num_tiles;
+}
+// Shares are at least this long. No share that a head runs through may be without a tile of it, for
+// the merge takes a part from each: so not below any tile_cost.
+constexpr int kMinShareCost = 5;
+
+// Writes all items and their cost offsets; returns the length of the line, `num_items` by reference.
 __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_items) {
-  int tid = threadIdx.x, num_tiles = 0;
+  int tid = threadIdx.x, length = 0;
   num_items = 0;
   for (int first_seq = 0; first_seq < args.num_seqs; first_seq += kThreads) {
     int seq = first_seq + tid, begin = 0, packed = 0;
@@ -90,62 +106,138 @@ __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_i
     scratch.packed_rows[tid] = packed;
     __syncthreads();
     for (int first = 0; first < chunk_items; first += kThreads) {
-      int index = first + tid, tiles = 0;
+      int index = first + tid, cost = 0;
       Item item;
       if (index < chunk_items) {
         int seq_in_chunk = last_not_above(scratch.item_offsets, kThreads, index);
         item = make_item(args, scratch, seq_in_chunk, first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
-        tiles = item.num_tiles * args.num_kv_heads;
+        cost = head_cost(item) * args.num_kv_heads;
         atomicMax(&scratch.merge_rows, item.packed_count);
+        atomicMin(&scratch.least_cost, head_cost(item));
+        atomicMax(&scratch.largest_cost, head_cost(item));
       }
       int total;
-      int tile_offset = num_tiles + exclusive_scan(tiles, scratch.warp_sums, total);
+      int offset = length + exclusive_scan(cost, scratch.warp_sums, total);
       if (index < chunk_items) {
         args.ws.items[num_items + index] = item;
-        args.ws.tile_offsets[num_items + index] = tile_offset;
-        if (num_items + index < kCachedOffsets) {
-          scratch.tile_offsets[num_items + index] = tile_offset;
+        args.ws.cost_offsets[num_items + index] = offset;
+        if (num_items + index < kCachedItems) {
+          scratch.items[num_items + index] = item;
+          scratch.cost_offsets[num_items + index] = offset;
         }
       }
-      num_tiles += total;
+      length += total;
     }
     num_items += chunk_items;
     __syncthreads();
   }
-  return num_tiles;
+  return length;
 }
 
-// Interval c is [begin(c), begin(c + 1)): num_tiles / num_shares tiles, one more for the first few.
+struct Line {
+  const Item* items;
+  const int* offsets;
+  int num_items, length;
+};
+
+// Interval c is [begin(c), begin(c + 1)): the line in equal parts, the first few longer by one.
 struct Cut {
-  int least, longer;  // tiles of a share; how many shares have one more
+  int least, longer;  // length of an interval; how many are longer by one
   __device__ int begin(int share) const { return share * least + min(share, longer); }
-  __device__ int owner(int tile) const {
+  __device__ int owner(int place) const {
     int in_longer = longer * (least + 1);
-    return tile < in_longer ? tile / (least + 1) : longer + (tile - in_longer) / least;
+    return place < in_longer ? place / (least + 1) : longer + (place - in_longer) / least;
   }
 };
 
-__device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const int* offsets,
-                            int num_items, Cut cut, int c) {
-  int begin = cut.begin(c), end = cut.begin(c + 1);
+// The first tile at or behind `place`, and the item it belongs to.
+__device__ Position locate(const Line& line, int num_kv_heads, int place, Item& item) {
+  Position at = {last_not_above(line.offsets, line.num_items, place), 0, 0};
+  item = line.items[at.item_idx];
+  int rest = place - line.offsets[at.item_idx], cost = head_cost(item);
+  at.head = rest / cost;
+  rest -= at.head * cost;
+  at.tile = (rest + tile_cost(item) - 1) / tile_cost(item);
+  if (at.tile >= item.num_tiles) {
+    at.tile = 0;
+    if (++at.head == num_kv_heads) {
+      at.head = 0;
+      if (++at.item_idx < line.num_items) item = line.items[at.item_idx];
+    }
+  }
+  return at;
+}
+
+__device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const Line& line, Cut cut,
+                            int c) {
+  int begin = cut.begin(c), end = min(cut.begin(c + 1), line.length);
   Share share = {};
   if (end > begin) {
-    int idx = last_not_above(offsets, num_items, begin);
-    share.item = args.ws.items[idx];
-    share.item_idx = idx;
-    share.head = (begin - offsets[idx]) / share.item.num_tiles;
-    share.first_tile = begin - offsets[idx] - share.head * share.item.num_tiles;
-    share.num_tiles = end - begin;
+    Item last;
+    share.begin = locate(line, args.num_kv_heads, begin, share.item);
+    share.end = {line.num_items, 0, 0};
+    if (end < line.length) share.end = locate(line, args.num_kv_heads, end, last);
+    // Does the (item, head) that `end` cuts begin here?
+    if (share.end.tile > 0) {
+      int head_begin = line.offsets[share.end.item_idx] + share.end.head * head_cost(last);
+      if (head_begin >= begin) {
+        int last_owner = cut.owner(head_begin + tile_cost(last) * (last.num_tiles - 1));
+        args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {c,
+                                                             last_owner - c + 1,
+                                                             share.end.head,
+                                                             last.row_begin,
+                                                             last.packed_begin,
+                                                             last.packed_count,
+                                                             {}};
+      }
+    }
+  }
+  args.ws.shares[c] = share;
+}
 
-    // The last (item, head) of the share: does it begin here and go on in the next share?
-    idx = last_not_above(offsets, num_items, end - 1);
-    int tiles = args.ws.items[idx].num_tiles;
-    int head = (end - 1 - offsets[idx]) / tiles;
-    int piece_begin = offsets[idx] + head * tiles;
-    if (piece_begin >= begin && piece_begin + tiles > end) {
-      args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {
-          c, cut.owner(piece_begin + tiles - 1) - c + 1, idx, head};
+// When all heads cost the same (one request, or requests of the same length), shares of whole heads,
+// or heads in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
+struct Even {
+  int heads = 0;  // per share; or
+  int parts = 0;  // per head
+  __device__ bool used() const { return heads > 0 || parts > 0; }
+};
+
+__device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
+  Even even;
+  int num_heads = line.num_items * num_kv_heads;
+  if (num_heads == 0) return even;
+  if (num_heads > num_shares) {
+    int heads = (num_heads + num_shares - 1) / num_shares;
+    if (num_heads * 10 >= heads * num_shares * 9) even.heads = heads;
+  } else if (num_shares / num_heads * num_heads * 10 >= num_shares * 9) {
+    // A tall part of one tile would cost more to merge than it saves.
+    int most = max(1, line.items[0].num_tiles / (is_tall(line.items[0]) ? 2 : 1));
+    even.parts = min(num_shares / num_heads, most);
+  }
+  return even;
+}
+
+__device__ void write_even_share(const ScheduleArgs& args, Scratch& scratch, const Line& line,
+                                 Even even, int c) {
+  int num_heads = line.num_items * args.num_kv_heads;
+  int parts = max(even.parts, 1), heads = max(even.heads, 1);
+  int head = c / parts * heads, part = c % parts;
+  Share share = {};
+  if (head < num_heads) {
+    share.item = line.items[head / args.num_kv_heads];
+    int tiles = share.item.num_tiles;
+    share.begin = {head / args.num_kv_heads, head % args.num_kv_heads, part * tiles / parts};
+    int next = min(head + heads, num_heads);
+    share.end = {next / args.num_kv_heads, next % args.num_kv_heads, 0};
+    if (part + 1 < parts) {
+      share.end = {share.begin.item_idx, share.begin.head, (part + 1) * tiles / parts};
+      const Item& item = share.item;
+      if (part == 0) {
+        args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {
+            c, parts, share.begin.head, item.row_begin, item.packed_begin, item.packed_count, {}};
+      }
     }
   }
   args.ws.shares[c] = share;
@@ -154,14 +246,28 @@ __device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const in
 __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args) {
   __shared__ Scratch scratch;
   wait_for_previous_kernel();
-  if (threadIdx.x == 0) scratch.num_merges = scratch.merge_rows = 0;
+  if (threadIdx.x == 0) {
+    scratch.num_merges = scratch.merge_rows = scratch.largest_cost = 0;
+    scratch.least_cost = INT_MAX;
+  }
   __syncthreads();
-  int num_items;
-  int num_tiles = list_items(args, scratch, num_items);
-  const int* offsets = num_items <= kCachedOffsets ? scratch.tile_offsets : args.ws.tile_offsets;
-  Cut cut = {num_tiles / args.ws.num_shares, num_tiles % args.ws.num_shares};
+  Line line = {scratch.items, scratch.cost_offsets, 0, 0};
+  line.length = list_items(args, scratch, line.num_items);
+  if (line.num_items > kCachedItems) {
+    line.items = args.ws.items;
+    line.offsets = args.ws.cost_offsets;
+  }
+  Even even = scratch.least_cost == scratch.largest_cost
+                  ? cut_evenly(line, args.num_kv_heads, args.ws.num_shares)
+                  : Even{};
+  int used = max(1, min(args.ws.num_shares, line.length / kMinShareCost));
+  Cut cut = {line.length / used, line.length % used};
   for (int c = threadIdx.x; c < args.ws.num_shares; c += kThreads) {
-    write_share(args, scratch, offsets, num_items, cut, c);
+    if (even.used()) {
+      write_even_share(args, scratch, line, even, c);
+    } else {
+      write_share(args, scratch, line, cut, c);
+    }
   }
   __syncthreads();
   if (threadIdx.x == 0) {

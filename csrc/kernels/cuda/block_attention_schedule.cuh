@@ -1,5 +1,5 @@
 // Cuts a step's attention into equal shares, on the device: one CTA, two prefix sums (items per
-// sequence, tiles per item), then one thread per share that finds where its interval begins.
+// sequence, cost per item), then one thread per share that finds where its interval begins.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -20,11 +20,18 @@ constexpr int kThreads = 1024;  // and the most sequences of a step
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kCluster = 8;
 
+// A sequence's plan, and what counting found.
+struct Seq {
+  int32_t slot, chunk_length, block_start, prefill_len;
+  int32_t num_present;  // positions of the current block with KV during this step
+  bool refresh;
+  bool feeds_previous;  // the previous block has rows
+};
+
 struct Shared {
+  Seq seqs[kThreads];
   int32_t first_row[kThreads + 1];
   int32_t first_logit_row[kThreads + 1];
-  int16_t num_present[kThreads];  // positions of the current block with KV during this step
-  bool feeds_previous[kThreads];  // the previous block has rows
   int2 warp_sums[kWarps];
 };
 
@@ -69,13 +76,18 @@ __device__ void write_logit_row(const BuildRowsParams& p, int logit_row, int row
 // ---------------------------------------------------------------------------------------- counting
 
 // Rows and logits rows of a sequence. By one thread; reads 8 statuses at a time.
-__device__ int2 count_rows(const BuildRowsParams& p, int seq, Shared& shared) {
-  shared.feeds_previous[seq] = false;
-  if (p.prefill_lens[seq] > 0) return make_int2(p.prefill_lens[seq], 0);
+__device__ int2 count_rows(const BuildRowsParams& p, int index, Seq& seq) {
+  seq.slot = p.slots[index];
+  seq.chunk_length = p.chunk_lengths[index];
+  seq.prefill_len = p.prefill_lens[index];
+  seq.refresh = p.refresh[index];
+  seq.feeds_previous = false;
+  seq.block_start = p.state.block_start[seq.slot];
+  if (seq.prefill_len > 0) return make_int2(seq.prefill_len, 0);
   if (p.mode == RowMode::ar) return make_int2(1, 1);
   const int length = p.state.block_length;
-  const uint8_t* status = window_status(p.state, p.slots[seq]);
-  const int chunk_length = p.chunk_lengths[seq];
+  const uint8_t* status = window_status(p.state, seq.slot);
+  const int chunk_length = seq.chunk_length;
   int num_fresh_before = 0, num_fresh = 0, num_masks = 0, num_present = 0;
   auto visit = [&](int i, uint8_t s) {
     if (i < length) {
@@ -102,9 +114,9 @@ __device__ int2 count_rows(const BuildRowsParams& p, int seq, Shared& shared) {
   } else {
     for (int i = 0; i < 2 * length; ++i) visit(i, status[i]);
   }
-  shared.num_present[seq] = static_cast<int16_t>(num_present);
-  shared.feeds_previous[seq] = num_fresh_before > 0;
-  int before = num_fresh_before > 0 && p.refresh[seq] ? length : num_fresh_before;
+  seq.num_present = num_present;
+  seq.feeds_previous = num_fresh_before > 0;
+  int before = num_fresh_before > 0 && seq.refresh ? length : num_fresh_before;
   int masks = p.mode == RowMode::block ? num_masks : min(num_masks, max(chunk_length, 0));
   return make_int2(before + num_fresh + masks, masks);
 }
@@ -138,14 +150,14 @@ __device__ __forceinline__ int rank_of(uint32_t votes) {
 }
 
 // By a warp. Positions are visited 32 at a time; ballots give each row its place.
-__device__ int write_previous_block(const BuildRowsParams& p, int seq, int slot, int row) {
-  const int length = p.state.block_length, lane = threadIdx.x % kWarp;
-  const int32_t start = p.state.block_start[slot];
+__device__ int write_previous_block(const BuildRowsParams& p, const Seq& seq, int row) {
+  const int length = p.state.block_length, lane = threadIdx.x % kWarp, slot = seq.slot;
+  const int32_t start = seq.block_start;
   const int32_t* tokens = p.state.window_tokens + int64_t(slot) * 2 * length;
   uint8_t* status = window_status(p.state, slot);
   for (int first = 0; first < length; first += kWarp) {
     int i = first + lane;
-    bool is_row = i < length && (p.refresh[seq] || status[i] == kFresh);
+    bool is_row = i < length && (seq.refresh || status[i] == kFresh);
     uint32_t votes = __ballot_sync(0xffffffffu, is_row);
     if (is_row) {
       write_row(p, row + rank_of(votes), slot, tokens[i], start - length + i, start);
@@ -156,11 +168,10 @@ __device__ int write_previous_block(const BuildRowsParams& p, int seq, int slot,
   return row;
 }
 
-__device__ void write_current_block(const BuildRowsParams& p, int seq, int slot, int row,
-                                    int logit_row, int num_present) {
-  const int length = p.state.block_length, lane = threadIdx.x % kWarp;
-  const int chunk_length = p.chunk_lengths[seq];
-  const int32_t start = p.state.block_start[slot];
+__device__ void write_current_block(const BuildRowsParams& p, const Seq& seq, int row,
+                                    int logit_row) {
+  const int length = p.state.block_length, lane = threadIdx.x % kWarp, slot = seq.slot;
+  const int32_t start = seq.block_start;
   const int32_t* tokens = p.state.window_tokens + (int64_t(slot) * 2 + 1) * length;
   uint8_t* status = window_status(p.state, slot) + length;
   int masks_before = 0;
@@ -170,12 +181,13 @@ __device__ void write_current_block(const BuildRowsParams& p, int seq, int slot,
     bool masked = is_masked(s);
     uint32_t mask_votes = __ballot_sync(0xffffffffu, masked);
     int mask_rank = masks_before + rank_of(mask_votes);
-    bool is_row = i < length &&
-                  (p.mode == RowMode::block || s == kFresh || (masked && mask_rank < chunk_length));
+    bool is_row = i < length && (p.mode == RowMode::block || s == kFresh ||
+                                 (masked && mask_rank < seq.chunk_length));
     uint32_t row_votes = __ballot_sync(0xffffffffu, is_row);
     if (is_row) {
       int at = row + rank_of(row_votes);
-      write_row(p, at, slot, masked ? p.mask_token_id : tokens[i], start + i, start + num_present);
+      write_row(p, at, slot, masked ? p.mask_token_id : tokens[i], start + i,
+                start + seq.num_present);
       if (masked) {
         status[i] = kPresent;
         write_logit_row(p, logit_row + mask_rank, at, slot, i);
@@ -189,28 +201,26 @@ __device__ void write_current_block(const BuildRowsParams& p, int seq, int slot,
 }
 
 // A warp: the rows of a decode sequence, and any sequence's page table.
-__device__ void write_sequence(const BuildRowsParams& p, int seq, const Shared& shared) {
-  const int slot = p.slots[seq], lane = threadIdx.x % kWarp;
-  const int stride = p.state.page_table_stride;
-  const int32_t* pages = p.state.page_table + int64_t(slot) * stride;
+__device__ void write_sequence(const BuildRowsParams& p, int index, const Shared& shared) {
+  const Seq& seq = shared.seqs[index];
+  const int lane = threadIdx.x % kWarp, stride = p.state.page_table_stride;
+  const int32_t* pages = p.state.page_table + int64_t(seq.slot) * stride;
 #pragma unroll 4
   for (int i = lane; i < stride; i += kWarp) {
-    p.rows.page_table[int64_t(seq) * stride + i] = pages[i];
+    p.rows.page_table[int64_t(index) * stride + i] = pages[i];
   }
-  if (p.prefill_lens[seq] > 0) return;
-  int row = shared.first_row[seq], logit_row = shared.first_logit_row[seq];
-  if (p.mode == RowMode::ar) {
-    if (lane > 0) return;
-    const int32_t start = p.state.block_start[slot];
+  if (seq.prefill_len > 0) return;
+  int row = shared.first_row[index], logit_row = shared.first_logit_row[index];
+  if (p.mode != RowMode::ar) {
+    if (seq.feeds_previous) row = write_previous_block(p, seq, row);
+    write_current_block(p, seq, row, logit_row);
+  } else if (lane == 0) {
     // A window of two positions, B = 1: the last known token comes first.
-    write_row(p, row, slot, p.state.window_tokens[int64_t(slot) * 2 * p.state.block_length],
-              start - 1, start);
-    write_logit_row(p, logit_row, row, slot, 0);
-    window_status(p.state, slot)[0] = kCached;
-    return;
+    const int32_t* tokens = p.state.window_tokens + int64_t(seq.slot) * 2 * p.state.block_length;
+    write_row(p, row, seq.slot, tokens[0], seq.block_start - 1, seq.block_start);
+    write_logit_row(p, logit_row, row, seq.slot, 0);
+    window_status(p.state, seq.slot)[0] = kCached;
   }
-  if (shared.feeds_previous[seq]) row = write_previous_block(p, seq, slot, row);
-  write_current_block(p, seq, slot, row, logit_row, shared.num_present[seq]);
 }
 
 // The last sequence that starts at or before `row`, empty ones excluded.
@@ -231,11 +241,11 @@ __device__ void write_prefill(const BuildRowsParams& p, const Share& share, cons
   const int num_rows = shared.first_row[p.num_seqs], length = p.state.block_length;
   for (int row = share.thread(); row < num_rows; row += share.num_threads()) {
     int seq = find_sequence(shared, p.num_seqs, row);
-    if (p.prefill_lens[seq] == 0) continue;
+    if (shared.seqs[seq].prefill_len == 0) continue;
     int i = row - shared.first_row[seq];
     int32_t position = p.prefill_starts[seq] + i;
     int32_t kv_limit = p.prefill_causal ? position + 1 : (position / length + 1) * length;
-    write_row(p, row, p.slots[seq], p.prefill_tokens[p.prefill_offsets[seq] + i], position,
+    write_row(p, row, shared.seqs[seq].slot, p.prefill_tokens[p.prefill_offsets[seq] + i], position,
               kv_limit);
   }
 }
@@ -266,7 +276,8 @@ __global__ void __launch_bounds__(kThreads, 1) build_rows_kernel(BuildRowsParams
   wait_for_previous_kernel();
   const Share share = this_share();
   const int thread = threadIdx.x;
-  sum_up(thread < p.num_seqs ? count_rows(p, thread, shared) : make_int2(0, 0), shared);
+  sum_up(thread < p.num_seqs ? count_rows(p, thread, shared.seqs[thread]) : make_int2(0, 0),
+         shared);
   const int num_rows = shared.first_row[p.num_seqs];
   const int num_logit_rows = shared.first_logit_row[p.num_seqs];
   if (share.cta == 0) {
@@ -300,7 +311,7 @@ void build_rows(const BuildRowsParams& p, cudaStream_t stream) {
                 p.pad_rows_to);
   LaunchShape shape{dim3(1), dim3(kThreads)};
   if (device_properties().major >= 9) {
-    // A small step needs no helpers; a large one has a warp for every few sequences.
+    // A small step fits into one CTA; a large one has a warp for every few sequences.
     int work = std::max(p.num_seqs * kWarp, p.pad_rows_to);
     while (shape.cluster < kCluster && shape.cluster * kThreads < work) shape.cluster *= 2;
     shape.grid = dim3(shape.cluster);

@@ -38,6 +38,7 @@ void embedding(const EmbeddingParams& params, cudaStream_t stream) {
   OPTIMUS_CHECK(params.rows >= 0 && params.hidden >= 1,
                 "[embedding] need rows >= 0 and hidden >= 1, got rows ", params.rows, ", hidden ",
                 params.hidden);
+  OPTIMUS_CHECK(!params.packed, "[embedding] packed tables exist only on the CPU, got packed");
   if (params.rows == 0) return;
   OPTIMUS_CHECK(params.table != nullptr && params.token_ids != nullptr && params.out != nullptr,
                 "[embedding] null pointer for table, token_ids or out");

@@ -4,8 +4,7 @@
 // A head is worked on by a group of kLanes neighbouring lanes. A *unit* is two stretches of kWidth
 // elements that belong to one lane: in the rotated part the two partners of a rotation (element j
 // and j + rotary_dim / 2), behind it two neighbours. So the rotation needs no exchange between
-// lanes, and the norm only a sum over the group. The lanes of a group work on kHeads heads of the
-// same row one after another, with the same angles.
+// lanes, and the norm only a sum over the group. Groups are numbered over all heads of all rows.
 #include "core/check.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.cuh"
@@ -29,7 +28,7 @@ struct Args {
   T* q;
   T* k_pages;
   T* v_pages;
-  int num_q_heads, num_kv_heads, head_dim, rotary_dim, page_size;
+  int rows, num_q_heads, num_kv_heads, head_dim, rotary_dim, page_size;
   float eps;
 };
 
@@ -77,116 +76,110 @@ __device__ __forceinline__ T* destination(const Args<T>& args, int row, int head
   return (is_v ? args.v_pages : args.k_pages) + at;
 }
 
-// Grid: (rows, shares of the heads). kUnits: units per lane (1 in the vectorised form).
-template <class T, int kWidth, int kLanes, int kUnits, int kHeads>
-__global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T> args) {
-  constexpr int kGroups = kThreads / kLanes;
-  wait_for_previous_kernel();
-  const int row = blockIdx.x, lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  const int num_heads = args.num_q_heads + 2 * args.num_kv_heads;
-  const int units = args.head_dim / (2 * kWidth);
-  const T* in = args.qkv + size_t(row) * num_heads * args.head_dim;
-  const int first_head = blockIdx.y * kGroups * kHeads + group;
-  // Uniform over a warp's groups up to the last heads: all lanes stay for the shuffles.
-  const float position = static_cast<float>(args.positions[row]);
-  const int kv_slot = args.kv_slots[row];
+// Sine and cosine of an angle of any size: brought into [-pi, pi] by two exact steps (the difference
+// of the first fits into fp32), then by the fast functions, which err by 2^-21 there.
+__device__ __forceinline__ void sine_cosine(float angle, float& sine, float& cosine) {
+  constexpr float kTwoPi = 6.28318548f, kTwoPiRest = -1.74845553e-7f, kInverse = 0.159154943f;
+  const float turns = rintf(angle * kInverse);
+  const float rest = fmaf(-turns, kTwoPiRest, fmaf(-turns, kTwoPi, angle));
+  sine = __sinf(rest);
+  cosine = __cosf(rest);
+}
 
-  float a[kHeads][kUnits][kWidth], b[kHeads][kUnits][kWidth];
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    const int head = first_head + h * kGroups;
+// One lane's part of a head.
+template <int kWidth, int kUnits>
+struct HeadPart {
+  float a[kUnits][kWidth], b[kUnits][kWidth];  // first and second stretch of each unit
+  float sine[kUnits][kWidth], cosine[kUnits][kWidth];
+
+  template <class Body>
+  __device__ __forceinline__ void for_each_unit(int lane, int lanes, int units, int rotary_dim,
+                                                const Body& body) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const int unit = u * kLanes + lane;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) a[h][u][j] = b[h][u][j] = 0.0f;
-      if (head >= num_heads || unit >= units) continue;
-      UnitPlace place = place_of<kWidth>(unit, args.rotary_dim);
-      load<T, kWidth>(in + size_t(head) * args.head_dim + place.first, a[h][u]);
-      load<T, kWidth>(in + size_t(head) * args.head_dim + place.second, b[h][u]);
+      const int unit = u * lanes + lane;
+      if (unit < units) body(place_of<kWidth>(unit, rotary_dim), u);
     }
   }
-
-  // The angle is rounded to fp32, as the models were trained. Unrotated units turn by 0.
-  float cosine[kUnits][kWidth], sine[kUnits][kWidth];
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    const int unit = u * kLanes + lane;
-    UnitPlace place = place_of<kWidth>(unit, args.rotary_dim);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      cosine[u][j] = 1.0f;
-      sine[u][j] = 0.0f;
-      if (unit < units && place.rotated) {
-        sincosf(position * args.inv_freq[place.first + j], &sine[u][j], &cosine[u][j]);
-      }
-    }
-  }
-
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    const int head = first_head + h * kGroups;
-    const bool is_q = head < args.num_q_heads;
-    const bool is_v = head >= args.num_q_heads + args.num_kv_heads;
+  __device__ __forceinline__ float sum_of_squares() const {
     float squares = 0;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        squares += a[h][u][j] * a[h][u][j] + b[h][u][j] * b[h][u][j];
-      }
+      for (int j = 0; j < kWidth; ++j) squares += a[u][j] * a[u][j] + b[u][j] * b[u][j];
     }
-    squares = reduce_lanes<kLanes>(squares, Sum());
-    T* out = head < num_heads ? destination(args, row, head, kv_slot) : nullptr;
-    if (out == nullptr) continue;
-    const T* weight = is_v ? nullptr : is_q ? args.q_norm_weight : args.k_norm_weight;
-    const float scale = rsqrtf(squares / static_cast<float>(args.head_dim) + args.eps);
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const int unit = u * kLanes + lane;
-      if (unit >= units) continue;
-      UnitPlace place = place_of<kWidth>(unit, args.rotary_dim);
-      if (weight != nullptr) {
-        float wa[kWidth], wb[kWidth];
-        load<T, kWidth>(weight + place.first, wa);
-        load<T, kWidth>(weight + place.second, wb);
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          a[h][u][j] *= scale * wa[j];
-          b[h][u][j] *= scale * wb[j];
-        }
-      }
-      if (!is_v) {
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          float x = a[h][u][j], y = b[h][u][j];
-          a[h][u][j] = x * cosine[u][j] - y * sine[u][j];
-          b[h][u][j] = y * cosine[u][j] + x * sine[u][j];
-        }
-      }
-      store<T, kWidth>(out + place.first, a[h][u]);
-      store<T, kWidth>(out + place.second, b[h][u]);
-    }
+    return squares;
   }
+};
+
+// kUnits: units per lane (1 in the vectorised form).
+template <class T, int kWidth, int kLanes, int kUnits>
+__global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T> args) {
+  wait_for_previous_kernel();
+  const int num_heads = args.num_q_heads + 2 * args.num_kv_heads;
+  const int index = (blockIdx.x * kThreads + threadIdx.x) / kLanes;
+  const bool exists = index < args.rows * num_heads;  // all lanes stay for the shuffles
+  const int row = exists ? index / num_heads : 0, head = exists ? index % num_heads : 0;
+  const int lane = threadIdx.x % kLanes, units = args.head_dim / (2 * kWidth);
+  const bool is_q = head < args.num_q_heads;
+  const bool is_v = head >= args.num_q_heads + args.num_kv_heads;
+  const T* in = args.qkv + (size_t(row) * num_heads + head) * args.head_dim;
+  const T* weight = is_v ? nullptr : is_q ? args.q_norm_weight : args.k_norm_weight;
+  const float position = static_cast<float>(args.positions[row]);
+  const int kv_slot = args.kv_slots[row];
+
+  HeadPart<kWidth, kUnits> part{};
+  auto for_each_unit = [&](const auto& body) {
+    part.for_each_unit(lane, kLanes, units, args.rotary_dim, body);
+  };
+  for_each_unit([&](UnitPlace place, int u) {
+    load<T, kWidth>(in + place.first, part.a[u]);
+    load<T, kWidth>(in + place.second, part.b[u]);
+  });
+  for_each_unit([&](UnitPlace place, int u) {  // while the head is on its way
+    if (is_v || !place.rotated) return;
+    float frequency[kWidth];
+    load<float, kWidth>(args.inv_freq + place.first, frequency);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      // The angle is rounded to fp32, as the models were trained.
+      sine_cosine(position * frequency[j], part.sine[u][j], part.cosine[u][j]);
+    }
+  });
+  const float squares = reduce_lanes<kLanes>(part.sum_of_squares(), Sum());
+  T* out = exists ? destination(args, row, head, kv_slot) : nullptr;
+  if (out == nullptr) return;
+  const float scale = rsqrtf(squares / static_cast<float>(args.head_dim) + args.eps);
+  for_each_unit([&](UnitPlace place, int u) {
+    auto &a = part.a[u], &b = part.b[u];
+    if (weight != nullptr) {
+      float weight_a[kWidth], weight_b[kWidth];
+      load<T, kWidth>(weight + place.first, weight_a);
+      load<T, kWidth>(weight + place.second, weight_b);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        a[j] *= scale * weight_a[j];
+        b[j] *= scale * weight_b[j];
+      }
+    }
+    if (!is_v && place.rotated) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        float x = a[j], y = b[j];
+        a[j] = x * part.cosine[u][j] - y * part.sine[u][j];
+        b[j] = y * part.cosine[u][j] + x * part.sine[u][j];
+      }
+    }
+    store<T, kWidth>(out + place.first, a);
+    store<T, kWidth>(out + place.second, b);
+  });
 }
 
 template <class T, int kWidth, int kLanes, int kUnits>
-void start(const QkNormRopeKvWriteParams& params, const Args<T>& args, cudaStream_t stream) {
-  constexpr int kGroups = kThreads / kLanes;
-  const int num_heads = params.num_q_heads + 2 * params.num_kv_heads;
-  auto grid = [&](int heads_per_group) {
-    return dim3(params.rows, ceil_div(num_heads, kGroups * heads_per_group));
-  };
-  // With few rows spread the heads; with many, share the angles and have more loads in flight.
-  constexpr int kHeads = kWidth == 1 ? 1 : 4;
-  const int64_t ctas = int64_t(params.rows) * ceil_div(num_heads, kGroups);
-  if (kHeads == 1 || ctas <= 4 * device_properties().num_sms) {
-    launch(qk_norm_rope_kv_write_kernel<T, kWidth, kLanes, kUnits, 1>, {grid(1), dim3(kThreads)},
-           stream, args);
-  } else {
-    launch(qk_norm_rope_kv_write_kernel<T, kWidth, kLanes, kUnits, kHeads>,
-           {grid(kHeads), dim3(kThreads)}, stream, args);
-  }
+void start(const Args<T>& args, cudaStream_t stream) {
+  const int64_t heads = int64_t(args.rows) * (args.num_q_heads + 2 * args.num_kv_heads);
+  launch(qk_norm_rope_kv_write_kernel<T, kWidth, kLanes, kUnits>,
+         {dim3(ceil_div(heads * kLanes, kThreads)), dim3(kThreads)}, stream, args);
 }
 
 template <class T>
@@ -201,6 +194,7 @@ void run(const QkNormRopeKvWriteParams& params, cudaStream_t stream) {
                static_cast<T*>(params.q),
                static_cast<T*>(params.k_pages),
                static_cast<T*>(params.v_pages),
+               params.rows,
                params.num_q_heads,
                params.num_kv_heads,
                params.head_dim,
@@ -211,15 +205,15 @@ void run(const QkNormRopeKvWriteParams& params, cudaStream_t stream) {
   bool fits = params.head_dim % (2 * kChunk) == 0 && params.rotary_dim % (2 * kChunk) == 0 &&
               is_aligned(args.qkv) && is_aligned(args.q) && is_aligned(args.k_pages) &&
               is_aligned(args.v_pages) && is_aligned(args.q_norm_weight) &&
-              is_aligned(args.k_norm_weight);
+              is_aligned(args.k_norm_weight) && is_aligned(args.inv_freq);
   if (fits && units <= 4) {  // head_dim 64
-    start<T, kChunk, 4, 1>(params, args, stream);
+    start<T, kChunk, 4, 1>(args, stream);
   } else if (fits && units <= 8) {  // 96, 128
-    start<T, kChunk, 8, 1>(params, args, stream);
+    start<T, kChunk, 8, 1>(args, stream);
   } else if (fits && units <= 16) {  // 192, 256
-    start<T, kChunk, 16, 1>(params, args, stream);
+    start<T, kChunk, 16, 1>(args, stream);
   } else {
-    start<T, 1, kWarp, kMaxHeadDim / 2 / kWarp>(params, args, stream);
+    start<T, 1, kWarp, kMaxHeadDim / 2 / kWarp>(args, stream);
   }
 }
 

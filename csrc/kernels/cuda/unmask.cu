@@ -16,9 +16,27 @@ struct Segment {
   int slot, begin, count;
 };
 
+// The slot's rules, read at once in the beginning.
+struct Rules {
+  int steps, denoise_step;
+  UnmaskingStrategy strategy;
+  float threshold, entropy_bound;
+
+  __device__ Rules(const DecodeState& state, int slot)
+      : steps(state.denoising_steps[slot]),
+        denoise_step(state.denoise_step[slot]),
+        strategy(static_cast<UnmaskingStrategy>(state.unmasking_strategy[slot])),
+        threshold(state.confidence_threshold[slot]),
+        entropy_bound(state.entropy_bound[slot]) {}
+};
+
 struct Shared {
-  float ranked[kMaxBlockLength];  // what rows are ranked by, then the same in order
-  float ordered[kMaxBlockLength];
+  float confidence[kMaxBlockLength];  // of the slot's rows
+  float entropy[kMaxBlockLength];
+  float ordered[kMaxBlockLength];   // entropies, ascending
+  int32_t tokens[kMaxBlockLength];  // of the slot's rows
+  int32_t offsets[kMaxBlockLength];
+  uint8_t status[2 * kMaxBlockLength];  // the window
   bool committed[kMaxBlockLength];
   int32_t end;
   int32_t num_committed;
@@ -46,26 +64,37 @@ __device__ int count_rows(const UnmaskParams& p, int slot, int begin, Shared& sh
   return shared.end - begin;
 }
 
-// How many rows come before row i by shared.ranked, the lower position first among equals.
-__device__ int rank_of(const Shared& shared, int i, int count, bool ascending) {
-  const float own = ascending ? shared.ranked[i] : -shared.ranked[i];
+// What the slot's window and its rows hold. Row i and position i are a thread's, before they are
+// anyone's.
+__device__ void load(const UnmaskParams& p, const Segment& rows, Shared& shared) {
+  const int length = p.state.block_length;
+  const uint8_t* status = p.state.window_status + int64_t(rows.slot) * 2 * length;
+  for (int i = threadIdx.x; i < 2 * length; i += kThreads) shared.status[i] = status[i];
+  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
+    shared.confidence[i] = p.out.confidence[rows.begin + i];
+    shared.entropy[i] = p.out.entropy[rows.begin + i];
+    shared.tokens[i] = p.out.token_ids[rows.begin + i];
+    shared.offsets[i] = p.logit_offsets[rows.begin + i];
+    shared.ordered[i] = INFINITY;
+  }
+  __syncthreads();
+}
+
+// How many rows come before row i by `keys` times `sign`, the lower position first among equals.
+__device__ int rank_of(const float* keys, float sign, int i, int count) {
+  const float own = sign * keys[i];
   int rank = 0;
   for (int j = 0; j < count; ++j) {
-    float other = ascending ? shared.ranked[j] : -shared.ranked[j];
+    const float other = sign * keys[j];
     rank += other < own || (other == own && j < i);
   }
   return rank;
 }
 
 // Commits rows by ascending entropy while the running sum stays within the bound, at least one.
-__device__ void commit_entropy_bounded(const UnmaskParams& p, const Segment& rows, Shared& shared) {
+__device__ void commit_entropy_bounded(const Segment& rows, const Rules& rules, Shared& shared) {
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
-    shared.ranked[i] = p.out.entropy[rows.begin + i];
-    shared.ordered[i] = INFINITY;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
-    shared.ordered[rank_of(shared, i, rows.count, /*ascending=*/true)] = shared.ranked[i];
+    shared.ordered[rank_of(shared.entropy, 1.0f, i, rows.count)] = shared.entropy[i];
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -73,52 +102,46 @@ __device__ void commit_entropy_bounded(const UnmaskParams& p, const Segment& row
     int count = 1;
     for (; count < rows.count; ++count) {
       total += shared.ordered[count];
-      if (total > p.state.entropy_bound[rows.slot]) break;
+      if (total > rules.entropy_bound) break;
     }
     shared.num_committed = count;
   }
   __syncthreads();
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
-    int rank = rank_of(shared, i, rows.count, /*ascending=*/true);
-    shared.committed[i] = rank < shared.num_committed;
+    shared.committed[i] = rank_of(shared.entropy, 1.0f, i, rows.count) < shared.num_committed;
   }
 }
 
 // The `quota` most confident rows, or with `dynamic` all above the threshold if those are as many.
-__device__ void commit_confident(const UnmaskParams& p, const Segment& rows, int quota,
-                                 bool dynamic, Shared& shared) {
-  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
-    shared.ranked[i] = p.out.confidence[rows.begin + i];
-  }
-  __syncthreads();
-  const float threshold = p.state.confidence_threshold[rows.slot];
-  auto is_above = [&](int i) { return shared.ranked[i] > threshold; };
-  const bool enough = dynamic && count_if(0, rows.count, shared, is_above) >= quota;
+__device__ void commit_confident(const Segment& rows, const Rules& rules, int quota,
+                                 Shared& shared) {
+  auto is_above = [&](int i) { return shared.confidence[i] > rules.threshold; };
+  const bool enough =
+      rules.strategy == kLowConfidenceDynamic && count_if(0, rows.count, shared, is_above) >= quota;
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
     shared.committed[i] =
-        enough ? is_above(i) : rank_of(shared, i, rows.count, /*ascending=*/false) < quota;
+        enough ? is_above(i) : rank_of(shared.confidence, -1.0f, i, rows.count) < quota;
   }
 }
 
-__device__ void apply_strategy(const UnmaskParams& p, const Segment& rows, Shared& shared) {
-  const DecodeState& state = p.state;
-  const int steps = state.denoising_steps[rows.slot];
-  int quota = state.block_length / steps;
-  if (state.denoise_step[rows.slot] < state.block_length % steps) ++quota;
+__device__ void apply_strategy(const UnmaskParams& p, const Segment& rows, const Rules& rules,
+                               Shared& shared) {
+  const int length = p.state.block_length;
+  int quota = length / rules.steps + (rules.denoise_step < length % rules.steps ? 1 : 0);
   quota = min(max(quota, 1), rows.count);
-  const auto strategy = static_cast<UnmaskingStrategy>(state.unmasking_strategy[rows.slot]);
-  if (strategy == kSequential) {
+  if (rules.strategy == kSequential) {
     for (int i = threadIdx.x; i < rows.count; i += kThreads) shared.committed[i] = i < quota;
-  } else if (strategy == kEntropyBounded) {
-    commit_entropy_bounded(p, rows, shared);
+  } else if (rules.strategy == kEntropyBounded) {
+    commit_entropy_bounded(rows, rules, shared);
   } else {
-    commit_confident(p, rows, quota, strategy == kLowConfidenceDynamic, shared);
+    commit_confident(rows, rules, quota, shared);
   }
   __syncthreads();
 }
 
 // Writes the commits into the window; a block without masks becomes the previous block.
-__device__ void update_window(const UnmaskParams& p, const Segment& rows, Shared& shared) {
+__device__ void update_window(const UnmaskParams& p, const Segment& rows, const Rules& rules,
+                              Shared& shared) {
   const DecodeState& state = p.state;
   const int length = state.block_length;
   int32_t* tokens = state.window_tokens + int64_t(rows.slot) * 2 * length;
@@ -127,29 +150,29 @@ __device__ void update_window(const UnmaskParams& p, const Segment& rows, Shared
     const bool committed = shared.committed[i];
     p.out.committed[rows.begin + i] = committed;
     if (!committed) continue;
-    const int at = length + p.logit_offsets[rows.begin + i];
-    tokens[at] = p.out.token_ids[rows.begin + i];
-    status[at] = kFresh;
+    const int at = length + shared.offsets[i];
+    tokens[at] = shared.tokens[i];
+    shared.status[at] = kFresh;
   }
   __syncthreads();
-  auto masked = [&](int i) { return is_masked(status[i]); };
+  auto masked = [&](int i) { return is_masked(shared.status[i]); };
+  auto fresh = [&](int i) { return shared.status[i] == kFresh; };
   int num_masked = count_if(length, 2 * length, shared, masked);
   const bool slides = num_masked == 0;
-  if (slides) {
-    // Position i of both blocks belongs to one thread.
-    for (int i = threadIdx.x; i < length; i += kThreads) {
+  int num_fresh = count_if(slides ? length : 0, 2 * length, shared, fresh);
+  // Position i of both blocks belongs to one thread.
+  for (int i = threadIdx.x; i < length; i += kThreads) {
+    if (slides) {
       tokens[i] = tokens[length + i];
-      status[i] = status[length + i];
       tokens[length + i] = -1;
-      status[length + i] = kAbsent;
     }
-    num_masked = length;
-    __syncthreads();
+    status[i] = shared.status[slides ? length + i : i];
+    status[length + i] = slides ? uint8_t(kAbsent) : shared.status[length + i];
   }
-  int num_fresh = count_if(0, 2 * length, shared, [&](int i) { return status[i] == kFresh; });
+  if (slides) num_masked = length;
   if (threadIdx.x > 0) return;
   if (slides) state.block_start[rows.slot] += length;
-  state.denoise_step[rows.slot] = slides ? 0 : state.denoise_step[rows.slot] + 1;
+  state.denoise_step[rows.slot] = slides ? 0 : rules.denoise_step + 1;
   p.num_fresh[rows.slot] = num_fresh;
   p.num_masked[rows.slot] = num_masked;
 }
@@ -161,9 +184,11 @@ __global__ void __launch_bounds__(kThreads) decide_kernel(UnmaskParams p) {
   const int row = blockIdx.x;
   const int slot = slot_of_row(p, row);
   if (slot < 0 || (row > 0 && p.logit_slots[row - 1] == slot)) return;
+  const Rules rules(p.state, slot);
   const Segment rows{slot, row, count_rows(p, slot, row, shared)};
-  apply_strategy(p, rows, shared);
-  update_window(p, rows, shared);
+  load(p, rows, shared);
+  apply_strategy(p, rows, rules, shared);
+  update_window(p, rows, rules, shared);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // What the three kernels of unmask share: which rows are real, and how a row of logits is read.
 //
-// A row's columns are cut into tiles of equal length, at most kTileColumns, by the vocabulary alone:
-// every sum has a fixed order, whatever else is in the batch.
+// A row's columns are cut into tiles of kTileColumns, whatever else is in the batch: every sum has a
+// fixed order.
 #pragma once
 
 #include "kernels/cuda/kernels.h"
@@ -12,17 +12,15 @@
 
 namespace optimus::cuda::unmasking {
 
-constexpr int kScanThreads = 256;
-constexpr int kScanChunks = 4;  // per thread
-constexpr int kTileColumns = kScanThreads * kScanChunks * kChunk;
+constexpr int kScanChunks = 4;  // per lane: a warp reduces a tile
+constexpr int kTileChunks = kWarp * kScanChunks;
+constexpr int kTileColumns = kTileChunks * kChunk;
 constexpr float kLog2E = 1.4426950408889634f;
 // Smaller logits (-inf too) count as this one: no weight, and no infinities in the sums.
 constexpr float kLowest = -1e20f;
-// Above any Gumbel noise: u <= 1 - 2^-24.
-constexpr float kMaxNoise = 16.64f;
 
 // What a tile, and then a row, adds up to; x = logit, m = largest logit.
-struct RowSums {
+struct alignas(16) RowSums {
   float max;        // m
   float sum;        // of exp((x - m) * scale)
   float weighted;   // of exp((x - m) * scale) * (x - m)
@@ -42,17 +40,34 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return result;
 }
 
+// A float's order as an integer's.
+__device__ __forceinline__ uint32_t key_of(float value) {
+  uint32_t bits = __float_as_uint(value);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float value_of(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+__device__ __forceinline__ float warp_max(float value) {
+  return value_of(__reduce_max_sync(0xffffffffu, key_of(value)));
+}
+__device__ __forceinline__ int32_t warp_min(int32_t value) {
+  return __reduce_min_sync(0xffffffffu, value);
+}
+
 // Better than `best`, or as good at a lower column: the maximum that a scan in order finds.
 __device__ __forceinline__ bool is_better(float value, int32_t column, float best,
                                           int32_t best_column) {
   return value > best || (value == best && column < best_column);
 }
 
+__device__ __forceinline__ int num_real_rows(const UnmaskParams& p) {
+  if (p.num_logit_rows_device == nullptr) return p.num_logit_rows;
+  return min(*p.num_logit_rows_device, p.num_logit_rows);
+}
 // Slot of a logits row, or -1 for padding and rows behind the real ones.
 __device__ __forceinline__ int slot_of_row(const UnmaskParams& p, int row) {
-  if (row >= p.num_logit_rows) return -1;
-  if (p.num_logit_rows_device != nullptr && row >= *p.num_logit_rows_device) return -1;
-  return p.logit_slots[row];
+  return row < num_real_rows(p) ? p.logit_slots[row] : -1;
 }
 
 struct Sampling {
@@ -84,6 +99,16 @@ __device__ __forceinline__ uint64_t noise_key_of(const UnmaskParams& p, int row,
 // are unrolled for their registers.
 static __device__ __noinline__ float noisy_logit(float scaled, uint64_t key, int32_t column) {
   return __fadd_rn(scaled, gumbel_noise(key, column));
+}
+// 1 - u of a token's noise, exactly.
+__device__ __forceinline__ float distance_from_one(uint64_t key, int32_t column) {
+  const uint32_t bits = mix64(key ^ static_cast<uint32_t>(column)) >> 41;
+  return (static_cast<float>(0x7fffffu - bits) + 0.5f) * 0x1p-23f;
+}
+// Whether noise could lift `scaled` to `best`. -log(-log(u)) reaches d only if 1 - u <= exp(-d): one
+// fast exponential, with a margin for its error, spares most tokens both logarithms.
+__device__ __forceinline__ bool could_reach(float scaled, float one_minus_u, float best) {
+  return one_minus_u <= 1.001f * exp2_fast((scaled - best) * kLog2E);
 }
 
 // A row of logits in chunks. kVector: rows are 16-byte aligned and padded to whole chunks.
@@ -123,6 +148,7 @@ struct LogitsRow {
   }
 };
 
+// `vector`: rows are 16-byte aligned and padded to whole chunks.
 void launch_scan(const UnmaskParams& params, RowSums* tiles, bool vector, cudaStream_t stream);
 void launch_finish(const UnmaskParams& params, const RowSums* tiles, bool vector,
                    cudaStream_t stream);

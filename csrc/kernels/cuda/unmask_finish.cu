@@ -1,10 +1,10 @@
-// Second kernel of unmask, a CTA a row: adds the tiles up and writes the row's candidate. A row
-// that samples from a top-k or top-p set is read again here, to find the set's floor: the smallest
-// scaled logit that is let through. Two ways lead to the same floor:
-//   short: the k-th largest of the threads' own maxima bounds the k largest logits from below; the
-//          few logits above that bound are collected and sorted.
-//   long:  bisection over the bits of the floor, one read of the row (from L2) a bit; for a set
-//          that is too large for the list.
+// Second kernel of unmask: a warp a row adds the tiles up and writes the row's candidate. A row that
+// samples from a top-k or top-p set is read again by a whole CTA, to find the set's floor: the
+// smallest scaled logit that is let through. Two ways lead to the same floor:
+//   short: the k-th largest of the tiles' maxima bounds the k largest logits from below; the few
+//          logits above that bound are collected, from the few tiles that hold any, and sorted.
+//   long:  descent through the digits of the floor, one read of the row (from L2) a digit; for a
+//          set that is too large for the list.
 #include "kernels/cuda/unmask.cuh"
 
 namespace optimus::cuda::unmasking {
@@ -13,38 +13,43 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kListSize = 1024;
-constexpr int kTopP = 256;  // logits that the short way bounds when there is no top-k
+constexpr int kTopP = 64;  // logits that the short way bounds at first when there is no top-k
+
+constexpr int kDigits = 16;  // a digit of a key is 4 bits, and a warp sums up a digit
+static_assert(kDigits == kWarps);
+
+struct List {
+  float values[kListSize];  // the tiles' maxima, then the list, descending
+  int32_t columns[kListSize];
+  double weights[kListSize];  // relative to the row's largest logit
+};
 
 struct Shared {
-  RowSums sums;
-  float values[kListSize];  // threads' maxima, then the list, descending
-  int32_t columns[kListSize];
+  RowSums sums[kWarps];  // of the rows at hand
+  bool filtered[kWarps];
   int list_count;
   float bound;
   float floor;
   bool found;
-  double weights[kListSize];  // of the list, relative to the row's largest logit
-  double warp_double[kWarps];
-  int32_t warp_int[kWarps];
+  double digit_sums[kDigits];
+  union {
+    List list;
+    float histogram[kDigits][kThreads];  // of each thread
+  };
 };
-
-// A float's order as an integer's.
-__device__ __forceinline__ uint32_t key_of(float value) {
-  uint32_t bits = __float_as_uint(value);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float value_of(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
 
 // The row's scaled logits, each visited by one thread of the CTA.
 template <class T, bool kVector>
 struct ScaledRow {
   LogitsRow<T, kVector> row;
   float scale;
+  const RowSums* sums;   // of the row
+  const RowSums* tiles;  // of the row's tiles
+  int num_tiles;
 
+  // visit(chunk, raw chunk)
   template <class Visit>
-  __device__ __forceinline__ void for_each(const Visit& visit) const {
+  __device__ __forceinline__ void for_each_chunk(const Visit& visit) const {
     constexpr int kBatch = 4;  // loads in flight
     const int chunks = row.num_chunks();
     for (int first = threadIdx.x; first < chunks; first += kBatch * kThreads) {
@@ -55,18 +60,45 @@ struct ScaledRow {
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int chunk = first + i * kThreads;
-        if (chunk >= chunks) break;
-        float x[kChunk];
-        row.unpack_from(raw[i], chunk, x);
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-          if (chunk * kChunk + j < row.vocab_size)
-            visit(chunk * kChunk + j, __fmul_rn(x[j], scale));
-        }
+        if (first + i * kThreads < chunks) visit(first + i * kThreads, raw[i]);
       }
     }
   }
+
+  template <class Visit>
+  __device__ __forceinline__ void visit_chunk(int chunk, const RawChunk<T>& raw, float bound,
+                                              const Visit& visit) const {
+    float x[kChunk];
+    row.unpack_from(raw, chunk, x);
+    float largest = x[0];
+#pragma unroll
+    for (int j = 1; j < kChunk; ++j) largest = fmaxf(largest, x[j]);
+    if (__fmul_rn(largest, scale) < bound) return;
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      const float scaled = __fmul_rn(x[j], scale);
+      if (scaled >= bound && x[j] >= kLowest) visit(chunk * kChunk + j, scaled);
+    }
+  }
+  // visit(column, scaled logit) for those that are at least `bound`; -infinity is below all bounds.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_from(float bound, const Visit& visit) const {
+    for_each_chunk(
+        [&](int chunk, const RawChunk<T>& raw) { visit_chunk(chunk, raw, bound, visit); });
+  }
+  // The same for the columns of one tile, each visited by a lane of the calling warp.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_of_tile(int tile, float bound,
+                                                   const Visit& visit) const {
+    const int end = min((tile + 1) * kTileChunks, row.num_chunks());
+    for (int chunk = tile * kTileChunks + threadIdx.x % kWarp; chunk < end; chunk += kWarp) {
+      visit_chunk(chunk, row.load(chunk), bound, visit);
+    }
+  }
+  __device__ __forceinline__ float tile_max(int tile) const {
+    return __fmul_rn(tiles[tile].max, scale);
+  }
+  __device__ __forceinline__ float max() const { return __fmul_rn(sums->max, scale); }
 };
 
 // Sorts `count` entries, descending by value, then ascending by column. `columns` may be null.
@@ -102,102 +134,125 @@ __device__ void sort_descending(float* values, int32_t* columns, int count) {
 }
 
 // The floor from the sorted list, or false if the set reaches behind the list. By one thread.
-__device__ bool floor_from_list(const Shared& shared, const Sampling& sampling, float& floor) {
+__device__ bool floor_from_list(const Shared& shared, const Sampling& sampling, double total,
+                                float& floor) {
   const int keep = sampling.top_k > 0 ? sampling.top_k : shared.list_count;
-  floor = shared.values[keep - 1];
+  floor = shared.list.values[keep - 1];
   if (sampling.top_p >= 1.0f) return true;
-  double total = shared.sums.sum;
   if (sampling.top_k > 0) {
     total = 0;
-    for (int i = 0; i < keep; ++i) total += shared.weights[i];
+    for (int i = 0; i < keep; ++i) total += shared.list.weights[i];
   }
   double mass = 0;
   for (int i = 0; i < keep; ++i) {
-    mass += shared.weights[i];
+    mass += shared.list.weights[i];
     if (mass >= double(sampling.top_p) * total) {
-      floor = shared.values[i];
+      floor = shared.list.values[i];
       return true;
     }
   }
   return sampling.top_k > 0;
 }
 
+// Collects at least the `bounded` largest logits; false if that is not enough, or not possible.
 template <class Row>
-__device__ bool find_floor_short(const Row& row, const Sampling& sampling, Shared& shared) {
-  const int bounded = sampling.top_k > 0 ? sampling.top_k : kTopP;
-  if (bounded > kThreads / 2) return false;  // the bound would be loose
-  float own_max = -INFINITY;
-  row.for_each([&](int32_t, float x) { own_max = fmaxf(own_max, x); });
-  shared.values[threadIdx.x] = own_max;
-  sort_descending(shared.values, nullptr, kThreads);
+__device__ bool find_floor_short(const Row& row, const Sampling& sampling, int bounded,
+                                 Shared& shared) {
+  if (row.num_tiles > kListSize || bounded > row.num_tiles) return false;
+  for (int tile = threadIdx.x; tile < row.num_tiles; tile += kThreads) {
+    shared.list.values[tile] = row.tile_max(tile);
+  }
+  sort_descending(shared.list.values, nullptr, row.num_tiles);
   if (threadIdx.x == 0) {
-    shared.bound = shared.values[bounded - 1];
+    shared.bound = shared.list.values[bounded - 1];
     shared.list_count = 0;
   }
   __syncthreads();
   const float bound = shared.bound;
-  row.for_each([&](int32_t column, float x) {
-    if (x < bound) return;
-    int at = atomicAdd(&shared.list_count, 1);
-    if (at >= kListSize) return;
-    shared.values[at] = x;
-    shared.columns[at] = column;
-  });
-  __syncthreads();
-  // Fewer threads than `bounded` may have seen a logit: then the bound is -infinity, the list whole.
-  if (shared.list_count > kListSize || shared.list_count < bounded) return false;
-  sort_descending(shared.values, shared.columns, shared.list_count);
-  const float max = __fmul_rn(shared.sums.max, sampling.scale);
-  for (int i = threadIdx.x; i < shared.list_count; i += kThreads) {
-    shared.weights[i] = exp(double(shared.values[i]) - max);
+  for (int tile = threadIdx.x / kWarp; tile < row.num_tiles; tile += kWarps) {
+    if (row.tile_max(tile) < bound) continue;
+    row.for_each_of_tile(tile, bound, [&](int32_t column, float x) {
+      int at = atomicAdd(&shared.list_count, 1);
+      if (at >= kListSize) return;
+      shared.list.values[at] = x;
+      shared.list.columns[at] = column;
+    });
   }
   __syncthreads();
-  if (threadIdx.x == 0) shared.found = floor_from_list(shared, sampling, shared.floor);
+  if (shared.list_count > kListSize) return false;
+  sort_descending(shared.list.values, shared.list.columns, shared.list_count);
+  const float max = row.max();
+  for (int i = threadIdx.x; i < shared.list_count; i += kThreads) {
+    shared.list.weights[i] = exp(double(shared.list.values[i]) - max);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared.found = floor_from_list(shared, sampling, row.sums->sum, shared.floor);
+  }
   __syncthreads();
   return shared.found;
 }
 
-// The largest key for which `reaches(key)` holds; it holds for 0 and is decreasing.
-template <class Reaches>
-__device__ uint32_t bisect(const Reaches& reaches) {
-  uint32_t key = 0;
-  for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1) {
-    if (reaches(key | bit)) key |= bit;
+// The largest key such that the weights of all logits from there on reach `target`; 0 if even the
+// sum of all does not. `above` becomes the weight of the larger keys. One read of the row for each
+// digit; every thread sums up for itself, so that the order of sums is fixed.
+template <class Row, class Weight>
+__device__ uint32_t descend(const Row& row, const Weight& weight, double target, double& above,
+                            Shared& shared) {
+  uint32_t prefix = 0;
+  above = 0;
+  target = fmax(target, 1e-30);  // of the largest logit, if nothing else
+  for (int shift = 28; shift >= 0; shift -= 4) {
+    for (int digit = 0; digit < kDigits; ++digit) shared.histogram[digit][threadIdx.x] = 0;
+    // Nothing below the prefix's first key counts; the keys above its last are in `above`.
+    const float bound = prefix == 0 ? -INFINITY : value_of(prefix);
+    row.for_each_from(bound, [&](int32_t, float x) {
+      const uint32_t key = key_of(x);
+      if (shift < 28 && (key ^ prefix) >> (shift + 4) != 0) return;
+      shared.histogram[key >> shift & (kDigits - 1)][threadIdx.x] += weight(x);
+    });
+    __syncthreads();
+    const int digit = threadIdx.x / kWarp;
+    double sum = 0;
+    for (int i = threadIdx.x % kWarp; i < kThreads; i += kWarp) sum += shared.histogram[digit][i];
+    sum = reduce_lanes(sum, Sum());
+    if (threadIdx.x % kWarp == 0) shared.digit_sums[digit] = sum;
+    __syncthreads();
+    int choice = kDigits - 1;
+    while (choice > 0 && above + shared.digit_sums[choice] < target) {
+      above += shared.digit_sums[choice--];
+    }
+    prefix |= static_cast<uint32_t>(choice) << shift;
+    __syncthreads();
   }
-  return key;
+  return prefix;
+}
+
+template <class Row, class Mass>
+__device__ double mass_above(const Row& row, const Mass& mass, float floor, Shared& shared) {
+  float own = 0;
+  row.for_each_from(floor, [&](int32_t, float x) { own += x > floor ? mass(x) : 0.0f; });
+  const double sum = reduce_block(double(own), shared.digit_sums, Sum());
+  __syncthreads();
+  return sum;
 }
 
 template <class Row>
 __device__ float find_floor_long(const Row& row, const Sampling& sampling, Shared& shared) {
-  const float max = __fmul_rn(shared.sums.max, sampling.scale);
-  auto count_from = [&](uint32_t key) {
-    int32_t count = 0;
-    row.for_each([&](int32_t, float x) { count += key_of(x) >= key; });
-    __syncthreads();
-    return reduce_block(count, shared.warp_int, Sum());
-  };
-  auto mass_from = [&](uint32_t key) {
-    float mass = 0;
-    row.for_each([&](int32_t, float x) {
-      if (key_of(x) >= key) mass += exp2_fast((x - max) * kLog2E);
-    });
-    __syncthreads();
-    return reduce_block(double(mass), shared.warp_double, Sum());
-  };
+  const float max = row.max();
+  auto mass = [max](float x) { return exp2_fast((x - max) * kLog2E); };
   uint32_t floor = 0;
-  double total = shared.sums.sum;
+  double total = row.sums->sum, above = 0;
   if (sampling.top_k > 0) {
-    floor = bisect([&](uint32_t key) { return count_from(key) >= sampling.top_k; });
+    floor = descend(row, [](float) { return 1.0f; }, sampling.top_k, above, shared);
     if (sampling.top_p >= 1.0f) return value_of(floor);
     // Of the logits equal to the floor, as many as are among the k largest.
-    int above = count_from(floor + 1);
-    total = mass_from(floor + 1) +
-            (sampling.top_k - above) * double(exp2_fast((value_of(floor) - max) * kLog2E));
+    total = (sampling.top_k - above) * double(mass(value_of(floor)));
+    total += mass_above(row, mass, value_of(floor), shared);
   }
-  const double target = double(sampling.top_p) * total;
-  uint32_t nucleus = bisect([&](uint32_t key) { return mass_from(key) >= target; });
-  nucleus = nucleus > floor ? nucleus : floor;
-  return nucleus == 0 ? -INFINITY : value_of(nucleus);
+  const uint32_t nucleus = descend(row, mass, double(sampling.top_p) * total, above, shared);
+  const uint32_t key = nucleus > floor ? nucleus : floor;
+  return key == 0 ? -INFINITY : value_of(key);
 }
 
 // The noisy maximum over the CTA; every thread gets the column.
@@ -214,11 +269,12 @@ __device__ int32_t best_column(float noisy, int32_t column, Shared& shared) {
   }
   __syncthreads();  // the list is read no more
   if (threadIdx.x % kWarp == 0) {
-    shared.values[threadIdx.x / kWarp] = noisy;
-    shared.columns[threadIdx.x / kWarp] = column;
+    shared.list.values[threadIdx.x / kWarp] = noisy;
+    shared.list.columns[threadIdx.x / kWarp] = column;
   }
   __syncthreads();
-  for (int warp = 0; warp < kWarps; ++warp) keep_better(shared.values[warp], shared.columns[warp]);
+  for (int warp = 0; warp < kWarps; ++warp)
+    keep_better(shared.list.values[warp], shared.list.columns[warp]);
   return column;
 }
 
@@ -228,61 +284,63 @@ __device__ int32_t sample_filtered(const Row& row, const Sampling& sampling, uin
   float best = -INFINITY;
   int32_t column = INT32_MAX;
   auto visit = [&](int32_t candidate, float scaled) {
+    if (!could_reach(scaled, distance_from_one(key, candidate), best)) return;
     float noisy = noisy_logit(scaled, key, candidate);
     if (!is_better(noisy, candidate, best, column)) return;
     best = noisy;
     column = candidate;
   };
-  if (find_floor_short(row, sampling, shared)) {
+  // Without a top-k, try a few logits first, and then as many as a list holds of a usual row.
+  const int few = sampling.top_k > 0 ? sampling.top_k : min(kTopP, row.num_tiles);
+  if (find_floor_short(row, sampling, few, shared) ||
+      (sampling.top_k == 0 && find_floor_short(row, sampling, row.num_tiles, shared))) {
     for (int i = threadIdx.x; i < shared.list_count; i += kThreads) {
-      if (shared.values[i] >= shared.floor) visit(shared.columns[i], shared.values[i]);
+      if (shared.list.values[i] >= shared.floor)
+        visit(shared.list.columns[i], shared.list.values[i]);
     }
   } else {
     const float floor = find_floor_long(row, sampling, shared);
-    row.for_each([&](int32_t candidate, float x) {
-      if (x >= floor) visit(candidate, x);
-    });
+    row.for_each_from(floor, visit);
   }
   return best_column(best, column, shared);
 }
 
-// One warp: a row's tiles. Complete in every lane.
+// By a warp; complete in every lane.
 __device__ RowSums add_tiles(const RowSums* tiles, int num_tiles, float scale) {
   const int lane = threadIdx.x % kWarp;
-  RowSums total{kLowest, 0, 0, 0, -INFINITY, INT32_MAX, INT32_MAX, 0};
-  for (int t = lane; t < num_tiles; t += kWarp) total.max = fmaxf(total.max, tiles[t].max);
-  total.max = reduce_lanes(total.max, Max());
+  RowSums sums{kLowest, 0, 0, 0, -INFINITY, INT32_MAX, INT32_MAX, 0};
+#pragma unroll 4
+  for (int t = lane; t < num_tiles; t += kWarp) sums.max = fmaxf(sums.max, tiles[t].max);
+  sums.max = warp_max(sums.max);
+#pragma unroll 4
   for (int t = lane; t < num_tiles; t += kWarp) {
     const RowSums tile = tiles[t];
-    const float distance = tile.max - total.max;
+    const float distance = tile.max - sums.max;
     const float factor = exp2_fast(distance * scale * kLog2E);
-    total.sum += tile.sum * factor;
-    total.weighted += (tile.weighted + tile.sum * distance) * factor;
-    total.plain_sum += tile.plain_sum * exp2_fast(distance * kLog2E);
-    if (tile.max == total.max) total.argmax = min(total.argmax, tile.argmax);
-    if (is_better(tile.noisy, tile.sampled, total.noisy, total.sampled)) {
-      total.noisy = tile.noisy;
-      total.sampled = tile.sampled;
+    sums.sum += tile.sum * factor;
+    sums.weighted += (tile.weighted + tile.sum * distance) * factor;
+    sums.plain_sum += tile.plain_sum * exp2_fast(distance * kLog2E);
+    if (tile.max == sums.max) sums.argmax = min(sums.argmax, tile.argmax);
+    if (is_better(tile.noisy, tile.sampled, sums.noisy, sums.sampled)) {
+      sums.noisy = tile.noisy;
+      sums.sampled = tile.sampled;
     }
   }
-  total.sum = reduce_lanes(total.sum, Sum());
-  total.weighted = reduce_lanes(total.weighted, Sum());
-  total.plain_sum = reduce_lanes(total.plain_sum, Sum());
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    total.argmax = min(total.argmax, __shfl_xor_sync(0xffffffffu, total.argmax, offset));
-    float noisy = __shfl_xor_sync(0xffffffffu, total.noisy, offset);
-    int32_t sampled = __shfl_xor_sync(0xffffffffu, total.sampled, offset);
-    if (is_better(noisy, sampled, total.noisy, total.sampled)) {
-      total.noisy = noisy;
-      total.sampled = sampled;
-    }
-  }
-  return total;
+  sums.sum = reduce_lanes(sums.sum, Sum());
+  sums.weighted = reduce_lanes(sums.weighted, Sum());
+  sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
+  sums.argmax = warp_min(sums.argmax);
+  const float noisy = warp_max(sums.noisy);
+  sums.sampled = warp_min(sums.noisy == noisy ? sums.sampled : INT32_MAX);
+  sums.noisy = noisy;
+  return sums;
 }
 
-__device__ void write_candidate(const UnmaskParams& p, int row, const RowSums& sums, float scale,
-                                int32_t token, float logit) {
+template <class Logits>
+__device__ void write_candidate(const UnmaskParams& p, const Logits& logits, int row,
+                                const RowSums& sums, float scale, int32_t token) {
+  if (token < 0 || token >= p.vocab_size) token = 0;  // not a number, everywhere
+  const float logit = token == sums.argmax ? sums.max : load_element(logits.data + token);
   p.out.token_ids[row] = token;
   p.out.logprob[row] = logit - sums.max - logf(sums.plain_sum);
   // Rounded products, as the floor and the noise saw them: a confidence never exceeds 1.
@@ -291,39 +349,55 @@ __device__ void write_candidate(const UnmaskParams& p, int row, const RowSums& s
   p.out.entropy[row] = logf(sums.sum) - sums.weighted * scale / sums.sum;
 }
 
-// Grid: rows.
+// Rows b, b + gridDim.x, ... belong to CTA b, a warp each; then the CTA turns to the filtered ones.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(UnmaskParams p, const RowSums* tiles, int num_tiles) {
   __shared__ Shared shared;
   wait_for_previous_kernel();
-  const int row = blockIdx.x;
-  const int slot = slot_of_row(p, row);
-  if (slot < 0) return;
-  const Sampling sampling = sampling_of(p, slot);
-  if (!sampling.filtered && threadIdx.x >= kWarp) return;
-  const LogitsRow<T, kVector> logits(p, row);
-  if (threadIdx.x < kWarp) {
-    RowSums sums = add_tiles(tiles + size_t(row) * num_tiles, num_tiles, sampling.scale);
-    if (threadIdx.x == 0) shared.sums = sums;
+  const int warp = threadIdx.x / kWarp, num_rows = num_real_rows(p);
+  for (int first = blockIdx.x; first < num_rows; first += gridDim.x * kWarps) {
+    const int own_row = first + warp * gridDim.x;
+    const int own_slot = own_row < num_rows ? p.logit_slots[own_row] : -1;
+    bool filtered = false;
+    if (own_slot >= 0) {
+      const Sampling sampling = sampling_of(p, own_slot);
+      filtered = sampling.filtered;
+      RowSums sums = add_tiles(tiles + size_t(own_row) * num_tiles, num_tiles, sampling.scale);
+      if (threadIdx.x % kWarp == 0) {
+        shared.sums[warp] = sums;
+        if (!filtered) {
+          write_candidate(p, LogitsRow<T, kVector>(p, own_row), own_row, sums, sampling.scale,
+                          sampling.sampled ? sums.sampled : sums.argmax);
+        }
+      }
+    }
+    if (threadIdx.x % kWarp == 0) shared.filtered[warp] = filtered;
+    if (!__syncthreads_or(filtered)) continue;
+    for (int i = 0; i < kWarps; ++i) {
+      if (!shared.filtered[i]) continue;
+      const int row = first + i * gridDim.x, slot = p.logit_slots[row];
+      const Sampling sampling = sampling_of(p, slot);
+      const LogitsRow<T, kVector> logits(p, row);
+      int32_t token =
+          sample_filtered(ScaledRow<T, kVector>{logits, sampling.scale, &shared.sums[i],
+                                                tiles + size_t(row) * num_tiles, num_tiles},
+                          sampling, noise_key_of(p, row, slot), shared);
+      if (threadIdx.x == 0) {
+        write_candidate(p, logits, row, shared.sums[i], sampling.scale, token);
+      }
+      __syncthreads();
+    }
+    __syncthreads();  // all have read `filtered`
   }
-  int32_t token = 0;
-  if (sampling.filtered) {
-    __syncthreads();
-    token = sample_filtered(ScaledRow<T, kVector>{logits, sampling.scale}, sampling,
-                            noise_key_of(p, row, slot), shared);
-  }
-  if (threadIdx.x > 0) return;
-  if (!sampling.filtered) token = sampling.sampled ? shared.sums.sampled : shared.sums.argmax;
-  if (token < 0 || token >= p.vocab_size) token = 0;  // not a number, everywhere
-  write_candidate(p, row, shared.sums, sampling.scale, token, load_element(logits.data + token));
 }
 
 }  // namespace
 
 void launch_finish(const UnmaskParams& params, const RowSums* tiles, bool vector,
                    cudaStream_t stream) {
-  LaunchShape shape{dim3(params.num_logit_rows), dim3(kThreads)};
+  const int grid = std::min(params.num_logit_rows, device_properties().num_sms);
+  LaunchShape shape{dim3(grid), dim3(kThreads)};
   dispatch_device_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     launch(vector ? finish_kernel<T, true> : finish_kernel<T, false>, shape, stream, params, tiles,

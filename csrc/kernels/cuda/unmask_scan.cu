@@ -1,11 +1,12 @@
-// First kernel of unmask: reads the logits once. A CTA reduces one tile of one row, which it holds
-// in registers: the maximum first, then the sums relative to it, so nothing is rescaled.
+// First kernel of unmask: reads the logits once. A warp reduces one tile of one row, which it holds
+// in registers: the maximum first, then the sums relative to it, so nothing is rescaled. Warps do
+// not wait for each other, so loads and arithmetic of different tiles overlap.
 #include "kernels/cuda/unmask.cuh"
 
 namespace optimus::cuda::unmasking {
 namespace {
 
-constexpr int kWarps = kScanThreads / kWarp;
+constexpr int kWarps = 8;  // per CTA
 
 // Two packed bf16.
 __device__ __forceinline__ __nv_bfloat162 as_pair(uint32_t bits) {
@@ -56,28 +57,28 @@ struct Tile {
   int first, end;  // chunks of the row
 
   __device__ __forceinline__ int chunk(int i) const {
-    return first + i * kScanThreads + threadIdx.x;
+    return first + i * kWarp + threadIdx.x % kWarp;
   }
 
-  // Returns the largest logit of the thread.
   template <bool kVector>
-  __device__ __forceinline__ float load(const LogitsRow<T, kVector>& row, int tile, int num_tiles) {
-    const int chunks = row.num_chunks(), per_tile = (chunks + num_tiles - 1) / num_tiles;
-    first = tile * per_tile;
-    end = min(first + per_tile, chunks);
+  __device__ __forceinline__ void load(const LogitsRow<T, kVector>& row, int tile) {
+    first = tile * kTileChunks;
+    end = min(first + kTileChunks, row.num_chunks());
 #pragma unroll
     for (int i = 0; i < kScanChunks; ++i) {
-      if (chunk(i) < end) {
-        raw[i] = row.load(chunk(i));
-      } else {
-        fill_lowest(raw[i]);
-      }
+      if (chunk(i) < end) raw[i] = row.load(chunk(i));
     }
+  }
+
+  // Raises small logits to kLowest, as all that is not of the tile; returns the thread's largest.
+  template <bool kVector>
+  __device__ __forceinline__ float finish_load(const LogitsRow<T, kVector>& row) {
     float largest = kLowest;
 #pragma unroll
     for (int i = 0; i < kScanChunks; ++i) {
+      if (chunk(i) >= end) fill_lowest(raw[i]);
       // The columns between the vocabulary and the end of its last chunk hold anything.
-      if (kVector && chunk(i) == chunks - 1 && row.vocab_size % kChunk != 0) {
+      if (kVector && row.vocab_size % kChunk != 0 && chunk(i) == row.num_chunks() - 1) {
         float values[kChunk];
         row.unpack_from(raw[i], chunk(i), values);
         pack(values, raw[i]);
@@ -120,20 +121,19 @@ __device__ __forceinline__ void add_greedy(const Tile<T>& tile, RowSums& sums) {
 }
 
 // Also the sums at temperature 1, and the best token under noise unless a filter comes first. Noise
-// is expensive: it is drawn only where it could lift a token over the noisy argmax.
+// is expensive: it is drawn in full only where it could lift a token over the warp's best.
 template <class T>
 __device__ __forceinline__ void add_sampled(const Tile<T>& tile, const Sampling& sampling,
                                             uint64_t key, int vocab_size, RowSums& sums) {
   const float rate = sampling.scale * kLog2E;
-  sums.noisy = -INFINITY;
-  sums.sampled = INT32_MAX;
-  const float bar = noisy_logit(__fmul_rn(sums.max, sampling.scale), key, sums.argmax) - kMaxNoise;
+  sums.noisy = noisy_logit(__fmul_rn(sums.max, sampling.scale), key, sums.argmax);
+  sums.sampled = sums.argmax;
+  float best = sums.noisy;  // of the warp
 #pragma unroll
   for (int i = 0; i < kScanChunks; ++i) {
     float x[kChunk];
     unpack(tile.raw[i], x);
     const int32_t first = tile.chunk(i) * kChunk;
-    const bool inside = tile.chunk(i) < tile.end;
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
       float distance = x[j] - sums.max;
@@ -141,87 +141,78 @@ __device__ __forceinline__ void add_sampled(const Tile<T>& tile, const Sampling&
       sums.sum += weight;
       sums.weighted += weight * distance;
       sums.plain_sum += exp2_fast(distance * kLog2E);
-      float scaled = __fmul_rn(x[j], sampling.scale);
-      if (sampling.filtered || !inside || first + j >= vocab_size || scaled < bar) continue;
-      float noisy = noisy_logit(scaled, key, first + j);
-      if (is_better(noisy, first + j, sums.noisy, sums.sampled)) {
-        sums.noisy = noisy;
-        sums.sampled = first + j;
+    }
+    if (sampling.filtered) continue;
+    float one_minus_u[kChunk];  // apart from the tests, which depend on each other
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) one_minus_u[j] = distance_from_one(key, first + j);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      const float scaled = __fmul_rn(x[j], sampling.scale);
+      const bool inside = tile.chunk(i) < tile.end && first + j < vocab_size;
+      const bool candidate = inside && could_reach(scaled, one_minus_u[j], best);
+      if (!__any_sync(0xffffffffu, candidate)) continue;
+      if (candidate) {
+        float noisy = noisy_logit(scaled, key, first + j);
+        if (is_better(noisy, first + j, sums.noisy, sums.sampled)) {
+          sums.noisy = noisy;
+          sums.sampled = first + j;
+        }
       }
+      best = warp_max(sums.noisy);
     }
   }
 }
 
-// Sums over the CTA's threads; complete in thread 0.
-__device__ __forceinline__ void combine(RowSums& sums, bool sampled, RowSums* shared) {
+// Sums over the warp.
+__device__ __forceinline__ void combine(RowSums& sums, bool sampled) {
   sums.sum = reduce_lanes(sums.sum, Sum());
   sums.weighted = reduce_lanes(sums.weighted, Sum());
-  if (sampled) {
-    sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      float noisy = __shfl_xor_sync(0xffffffffu, sums.noisy, offset);
-      int32_t column = __shfl_xor_sync(0xffffffffu, sums.sampled, offset);
-      if (is_better(noisy, column, sums.noisy, sums.sampled)) {
-        sums.noisy = noisy;
-        sums.sampled = column;
-      }
-    }
+  if (!sampled) {
+    sums.plain_sum = sums.sum;
+    return;
   }
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sums;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int warp = 1; warp < kWarps; ++warp) {
-    const RowSums& other = shared[warp];
-    sums.sum += other.sum;
-    sums.weighted += other.weighted;
-    sums.plain_sum += other.plain_sum;
-    if (is_better(other.noisy, other.sampled, sums.noisy, sums.sampled)) {
-      sums.noisy = other.noisy;
-      sums.sampled = other.sampled;
-    }
-  }
+  sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
+  const float best = warp_max(sums.noisy);
+  sums.sampled = warp_min(sums.noisy == best ? sums.sampled : INT32_MAX);
+  sums.noisy = best;
 }
 
-// Grid: (tiles, rows).
+// A warp a tile, of all rows.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(UnmaskParams p, RowSums* tiles) {
-  __shared__ float warp_max[kWarps];
-  __shared__ int32_t argmax;
-  __shared__ RowSums warp_sums[kWarps];
+__global__ void __launch_bounds__(kWarps* kWarp)
+    scan_kernel(UnmaskParams p, RowSums* tiles, int num_tiles) {
   wait_for_previous_kernel();
-  const int row = blockIdx.y;
-  const int slot = slot_of_row(p, row);
-  if (slot < 0) return;
-  const Sampling sampling = sampling_of(p, slot);
-  if (threadIdx.x == 0) argmax = INT32_MAX;
-
+  const int item = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const int row = item / num_tiles;
+  if (row >= num_real_rows(p)) return;
+  const LogitsRow<T, kVector> logits(p, row);
   Tile<T> tile;
-  const float thread_max =
-      tile.load(LogitsRow<T, kVector>(p, row), blockIdx.x, static_cast<int>(gridDim.x));
-  RowSums sums{reduce_block(thread_max, warp_max, Max()), 0, 0, 0, -INFINITY, 0, INT32_MAX, 0};
-  if (thread_max == sums.max) atomicMin(&argmax, tile.find(sums.max));
+  tile.load(logits, item % num_tiles);
+  const int slot = p.logit_slots[row];  // on its way together with the logits
+  if (slot < 0) return;                 // padding
+  const Sampling sampling = sampling_of(p, slot);
+  const float lane_max = tile.finish_load(logits);
+  RowSums sums{warp_max(lane_max), 0, 0, 0, -INFINITY, 0, INT32_MAX, 0};
+  sums.argmax = warp_min(lane_max == sums.max ? tile.find(sums.max) : INT32_MAX);
   if (sampling.sampled) {
-    __syncthreads();
-    sums.argmax = argmax;
     add_sampled(tile, sampling, noise_key_of(p, row, slot), p.vocab_size, sums);
   } else {
     add_greedy(tile, sums);
   }
-  combine(sums, sampling.sampled, warp_sums);
-  if (threadIdx.x > 0) return;
-  sums.argmax = argmax;
-  if (!sampling.sampled) sums.plain_sum = sums.sum;
-  tiles[size_t(row) * gridDim.x + blockIdx.x] = sums;
+  combine(sums, sampling.sampled);
+  if (threadIdx.x % kWarp == 0) tiles[item] = sums;
 }
 
 }  // namespace
 
 void launch_scan(const UnmaskParams& params, RowSums* tiles, bool vector, cudaStream_t stream) {
-  LaunchShape shape{dim3(num_tiles(params.vocab_size), params.num_logit_rows), dim3(kScanThreads)};
+  const int num = num_tiles(params.vocab_size);
+  const dim3 grid(ceil_div(int64_t(params.num_logit_rows) * num, kWarps));
   dispatch_device_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(vector ? scan_kernel<T, true> : scan_kernel<T, false>, shape, stream, params, tiles);
+    launch(vector ? scan_kernel<T, true> : scan_kernel<T, false>, {grid, dim3(kWarps * kWarp)},
+           stream, params, tiles, num);
   });
 }
 

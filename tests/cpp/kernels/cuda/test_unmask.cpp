@@ -176,8 +176,14 @@ UnmaskCall vocabulary_call(Rng& rng, DType dtype, int rows, int vocab_size, int 
 TEST_F(CudaUnmask, LargeVocabularies) {
   Rng rng(172);
   for_each_dtype([&](DType dtype) {
-    for (auto [vocab_size, stride] : std::vector<std::pair<int, int>>{
-             {1, 0}, {8191, 0}, {8193, 0}, {8192, 8200}, {20001, 20008}, {151936, 0}}) {
+    for (auto [vocab_size, stride] : std::vector<std::pair<int, int>>{{1, 0},
+                                                                      {1023, 0},
+                                                                      {1025, 0},
+                                                                      {8191, 0},
+                                                                      {8193, 0},
+                                                                      {8192, 8200},
+                                                                      {20001, 20008},
+                                                                      {151936, 0}}) {
       SCOPED_TRACE(concat("vocabulary ", vocab_size, ", stride ", stride));
       UnmaskCall call = vocabulary_call(rng, dtype, 3, vocab_size, stride, 2.0f);
       // Minus infinity bans a token; a large logit late in the row wins; and first among equals.

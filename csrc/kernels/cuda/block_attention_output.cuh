@@ -1,0 +1,181 @@
+// The end of a piece: merges the warps that hold copies of the same rows, in fixed order, and writes the
+// rows: normalised to the output when the piece is whole, else as they are to its partial slot.
+#pragma once
+
+#include "kernels/cuda/block_attention_warp.cuh"
+
+namespace optimus::cuda::attention {
+
+// Where a piece goes.
+struct PieceOutput {
+  bool whole;
+  int packed_count;
+  size_t partial_row;  // first row of its partial slot
+
+  __device__ PieceOutput(const AttentionArgs& args, const Piece& piece)
+      : whole(piece.whole()),
+        packed_count(piece.item.packed_count),
+        partial_row(static_cast<size_t>(blockIdx.x * 2 + (piece.at.tile == 0 ? 1 : 0)) *
+                    args.ws.partial_rows) {}
+};
+
+template <int kHeadDim>
+struct Output {
+  float* sums;      // [warp][16][head_dim], 8-float group g of row r at g ^ (r % 8)
+  float2* max_sum;  // [warp][16]
+  int warp;
+
+  // The warp's part of `sums` also stages Q (first half) and finished rows (second half).
+  __device__ uint32_t staging() const { return ptx::shared_address(sums + warp * 16 * kHeadDim); }
+
+  template <int kRowWarps>
+  __device__ __forceinline__ void finish(const AttentionArgs& args, WarpState<kHeadDim>& state,
+                                         const PieceOutput& piece, const Queries& rows, int warp,
+                                         int lane) {
+    state.finish_sums();
+    if constexpr (kRowWarps == kConsumerWarps) {
+      if (piece.whole) {
+        store_rows(args, state, rows, lane);
+      } else {
+        store_partial(args, state, piece, warp * 16, lane);
+      }
+    } else {
+      store_sums(args, state, warp, lane);
+      ptx::named_barrier(kConsumerBarrier, kConsumerWarps * 32);
+      merge_copies<kRowWarps>(args, piece, rows, warp, lane);
+      ptx::named_barrier(kConsumerBarrier, kConsumerWarps * 32);
+    }
+  }
+
+ private:
+  // Through shared memory, so that whole rows are written in 16-byte pieces.
+  __device__ __forceinline__ void store_rows(const AttentionArgs& args,
+                                             const WarpState<kHeadDim>& state, const Queries& rows,
+                                             int lane) {
+    constexpr int kChunks = kHeadDim / 8;  // of 16 bytes per row
+    constexpr int kRowsPerPass = 32 / kChunks;
+    char* to = reinterpret_cast<char*>(sums + warp * 16 * kHeadDim) + 16 * kHeadDim * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int row = lane / 4 + half * 8;
+      float factor = 1.0f / state.sum[half];
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        *reinterpret_cast<uint32_t*>(to + row * kHeadDim * 2 + (i ^ (row % 8)) * 16 +
+                                     lane % 4 * 4) =
+            ptx::pack_bf16(state.out[i][2 * half] * factor, state.out[i][2 * half + 1] * factor);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int first = 0; first < 16; first += kRowsPerPass) {
+      int row = first + lane / kChunks, chunk = lane % kChunks;
+      uint4 values =
+          *reinterpret_cast<const uint4*>(to + row * kHeadDim * 2 + (chunk ^ (row % 8)) * 16);
+      int head = __shfl_sync(~0u, rows.head, row);
+      if (head >= 0) {
+        *reinterpret_cast<uint4*>(args.out + static_cast<size_t>(head) * kHeadDim + chunk * 8) =
+            values;
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void store_partial(const AttentionArgs& args,
+                                                const WarpState<kHeadDim>& state,
+                                                const PieceOutput& piece, int first_packed,
+                                                int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int packed = first_packed + lane / 4 + half * 8;
+      if (packed >= piece.packed_count) continue;
+      size_t row = piece.partial_row + packed;
+      if (lane % 4 == 0) {
+        args.ws.partial_ml[row] = {state.max[half] * args.scale_log2, state.sum[half]};
+      }
+      float* to = args.ws.partial_out + row * kHeadDim + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        *reinterpret_cast<float2*>(to + i * 8) = {state.out[i][2 * half],
+                                                  state.out[i][2 * half + 1]};
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_sums(const AttentionArgs& args,
+                                             const WarpState<kHeadDim>& state, int warp, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int row = lane / 4 + half * 8;
+      if (lane % 4 == 0) {
+        max_sum[warp * 16 + row] = {state.max[half] * args.scale_log2, state.sum[half]};
+      }
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        *reinterpret_cast<float2*>(sums + (warp * 16 + row) * kHeadDim + (i ^ (row % 8)) * 8 +
+                                   lane % 4 * 2) = {state.out[i][2 * half],
+                                                    state.out[i][2 * half + 1]};
+      }
+    }
+  }
+
+  // The copies of a row divide the rows of its 16-row group among them.
+  template <int kRowWarps>
+  __device__ __forceinline__ void merge_copies(const AttentionArgs& args, const PieceOutput& piece,
+                                               const Queries& rows, int warp, int lane) {
+    constexpr int kCopies = kConsumerWarps / kRowWarps;
+    constexpr int kLanesPerRow = kHeadDim / 4;
+    constexpr int kRowsPerPass = 32 / kLanesPerRow;
+    int row_warp = warp % kRowWarps, copy = warp / kRowWarps;
+    int column = lane % kLanesPerRow * 4;
+#pragma unroll
+    for (int first = 0; first < 16 / kCopies; first += kRowsPerPass) {
+      int row = copy * (16 / kCopies) + first + lane / kLanesPerRow;
+      int head = __shfl_sync(~0u, rows.head, row);
+      float4 total;
+      float2 ms = merge_row<kRowWarps>(row_warp, row, column, total);
+      int packed = row_warp * 16 + row;
+      if (packed >= piece.packed_count) continue;
+      if (piece.whole) {
+        float factor = 1.0f / ms.y;
+        *reinterpret_cast<uint2*>(args.out + static_cast<size_t>(head) * kHeadDim + column) = {
+            ptx::pack_bf16(total.x * factor, total.y * factor),
+            ptx::pack_bf16(total.z * factor, total.w * factor)};
+      } else {
+        size_t to = piece.partial_row + packed;
+        if (column == 0) args.ws.partial_ml[to] = ms;
+        *reinterpret_cast<float4*>(args.ws.partial_out + to * kHeadDim + column) = total;
+      }
+    }
+  }
+
+  // Four columns of a row from all its copies; returns their (max, sum).
+  template <int kRowWarps>
+  __device__ __forceinline__ float2 merge_row(int row_warp, int row, int column, float4& total) {
+    constexpr int kCopies = kConsumerWarps / kRowWarps;
+    float2 parts[kCopies];
+    float max = -INFINITY, sum = 0;
+#pragma unroll
+    for (int c = 0; c < kCopies; ++c) {
+      parts[c] = max_sum[(c * kRowWarps + row_warp) * 16 + row];
+      max = fmaxf(max, parts[c].x);
+    }
+    float base = max == -INFINITY ? 0.0f : max;
+    total = {0, 0, 0, 0};
+#pragma unroll
+    for (int c = 0; c < kCopies; ++c) {
+      float factor = ptx::exp2_approx(parts[c].x - base);
+      float4 part = *reinterpret_cast<const float4*>(
+          sums + ((c * kRowWarps + row_warp) * 16 + row) * kHeadDim +
+          ((column / 8) ^ (row % 8)) * 8 + column % 8);
+      sum += factor * parts[c].y;
+      total.x += factor * part.x;
+      total.y += factor * part.y;
+      total.z += factor * part.z;
+      total.w += factor * part.w;
+    }
+    return {max, sum};
+  }
+};
+
+}  // namespace optimus::cuda::attention

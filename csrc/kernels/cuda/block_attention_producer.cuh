@@ -1,0 +1,94 @@
+// The producer warp of an attention CTA: streams the share's tiles through the ring, with bulk tensor
+// copies on sm_90, with 16-byte asynchronous copies before. It runs ahead across piece boundaries, so
+// loads never stop while consumers start or finish a piece.
+#pragma once
+
+#include "kernels/cuda/block_attention_share.cuh"
+
+namespace optimus::cuda::attention {
+
+template <int kHeadDim>
+struct Producer {
+  const AttentionArgs& args;
+  const CUtensorMap *k_map, *v_map;
+  Ring ring;
+  int lane;
+
+  __device__ void run(const Share& share) const {
+    RingPosition at;
+    for (Piece piece(args, share); piece.valid(); piece.next(args)) stream(piece, at);
+  }
+
+  // Lane i holds page first_page + i of the sequence: a refill every 32 pages, always at the first
+  // page of a tile.
+  __device__ void stream(const Piece& piece, RingPosition& at) const {
+    const int32_t* pages = args.page_table + piece.item.seq * args.page_table_stride;
+    int last_page = (piece.item.last_limit - 1) >> args.page_shift;
+    int first_page = -32, page = 0;
+    for (int tile = piece.at.tile; tile < piece.end_tile; ++tile) {
+      int key = tile * kTileKeys;
+      int tile_page = key >> args.page_shift;
+      if (tile_page >= first_page + 32) {
+        first_page = tile_page;
+        page = pages[min(first_page + lane, last_page)];
+      }
+      ptx::barrier_wait(ring.released(at.slot), at.phase ^ 1);
+      int keys = min(kTileKeys, piece.item.last_limit - key);
+      copy_tile(args.k_pages, k_map, ring.k_full(at.slot), slot_address(at.slot, 0), piece.at.head,
+                key, keys, first_page, page);
+      copy_tile(args.v_pages, v_map, ring.v_full(at.slot), slot_address(at.slot, 1), piece.at.head,
+                key, keys, first_page, page);
+      at.advance(args.num_slots);
+    }
+  }
+
+  __device__ uint32_t slot_address(int slot, int is_v) const {
+    return ring.data + (2 * slot + is_v) * kTileBytes<kHeadDim>;
+  }
+
+#if defined(OPTIMUS_SM90)
+  // One box of 64 dimensions per lane; pages past the last key are not read.
+  __device__ void copy_tile(const __nv_bfloat16*, const CUtensorMap* map, uint32_t barrier,
+                            uint32_t to, int head, int key, int keys, int first_page,
+                            int page) const {
+    constexpr int kColumns = kHeadDim / 64;
+    int part_keys = min(kTileKeys, 1 << args.page_shift);
+    int part = lane / kColumns, column = lane % kColumns;
+    int parts = (keys + part_keys - 1) / part_keys;
+    int part_key = key + part * part_keys;
+    int source = (part_key >> args.page_shift) - first_page;
+    int part_page = __shfl_sync(~0u, page, source & 31);
+    if (lane == 0) ptx::barrier_expect_bytes(barrier, parts * part_keys * kHeadDim * 2);
+    __syncwarp();
+    if (part < parts) {
+      int row = ((part_page * args.num_kv_heads + head) << args.page_shift) +
+                (part_key & ((1 << args.page_shift) - 1));
+      ptx::tensor_copy(to + column * (kTileKeys * 128) + part * part_keys * 128, map, column * 64,
+                       row, barrier);
+    }
+  }
+#else
+  // 16 bytes per lane and copy; keys past the last one become zeros.
+  __device__ void copy_tile(const __nv_bfloat16* pages, const CUtensorMap*, uint32_t barrier,
+                            uint32_t to, int head, int key, int keys, int first_page,
+                            int page) const {
+    constexpr int kChunks = kHeadDim / 8;  // of 16 bytes per key
+    constexpr int kKeysPerCopy = 32 / kChunks;
+    int chunk = lane % kChunks;
+    for (int first = 0; first < kTileKeys; first += kKeysPerCopy) {
+      int row = first + lane / kChunks;
+      int from_key = key + min(row, keys - 1);
+      int from_page = __shfl_sync(~0u, page, ((from_key >> args.page_shift) - first_page) & 31);
+      int entry = from_key & ((1 << args.page_shift) - 1);
+      size_t from =
+          ((static_cast<size_t>(from_page) * args.num_kv_heads + head) << args.page_shift) + entry;
+      uint32_t address =
+          to + chunk / 8 * (kTileKeys * 128) + row * 128 + ((chunk % 8) ^ (row % 8)) * 16;
+      ptx::copy_16(address, pages + from * kHeadDim + chunk * 8, row < keys);
+    }
+    ptx::copies_arrive(barrier);
+  }
+#endif
+};
+
+}  // namespace optimus::cuda::attention

@@ -1,0 +1,111 @@
+// What the producer and the consumers of an attention CTA agree on: the arguments, the ring of slots in
+// shared memory, and the order of the share's pieces.
+//
+// Slot layout, K and V alike: [head_dim / 64][kTileKeys][64] bf16, rows of 128 bytes whose 16-byte
+// chunk c of row r sits at c ^ (r % 8) (the copy engine's 128-byte swizzle): ldmatrix reads it
+// without bank conflicts, and wgmma takes it as it is.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "kernels/cuda/block_attention.h"
+#include "kernels/cuda/block_attention_ptx.cuh"
+
+namespace optimus::cuda::attention {
+
+constexpr int kConsumerWarps = 8;
+constexpr int kThreads = (kConsumerWarps + 4) * 32;  // whole warpgroups; one producer warp works
+constexpr int kMaxSlots = 10;
+constexpr int kConsumerBarrier = 1;
+constexpr int kWarpgroupBarrier = 2;  // and 3: one per consumer warpgroup
+
+struct AttentionArgs {
+  const __nv_bfloat16* q;
+  const __nv_bfloat16* k_pages;
+  const __nv_bfloat16* v_pages;
+  const int32_t* kv_limits;
+  const int32_t* page_table;
+  __nv_bfloat16* out;
+  int num_q_heads, num_kv_heads, group;
+  int page_shift;  // log2 of the page size
+  int page_table_stride, num_slots;
+  float scale_log2;  // softmax scale * log2 e
+  Workspace ws;
+};
+
+template <int kHeadDim>
+constexpr int kTileBytes = kTileKeys * kHeadDim * 2;  // of K or of V
+
+// Shared memory: slots (K then V each), the copies' sums, (max, sum) of each copy's rows, barriers.
+template <int kHeadDim>
+struct SharedLayout {
+  static constexpr int kSums = kConsumerWarps * 16 * kHeadDim * 4;
+  static constexpr int kMaxSum = kConsumerWarps * 16 * 8;
+  static constexpr int kBarriers = 3 * kMaxSlots * 8;
+  static constexpr int kAlignment = 1024;  // of the swizzle pattern
+
+  static int bytes(int num_slots) {
+    return kAlignment + num_slots * 2 * kTileBytes<kHeadDim> + kSums + kMaxSum + kBarriers;
+  }
+};
+
+// Position in the ring. The producer waits for a slot's release, consumers for its data.
+struct RingPosition {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ void advance(int num_slots) {
+    if (++slot == num_slots) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+struct Ring {
+  uint32_t data, barriers;  // shared addresses
+  __device__ uint32_t k(int slot, int tile_bytes) const { return data + 2 * slot * tile_bytes; }
+  __device__ uint32_t k_full(int slot) const { return barriers + slot * 8; }
+  __device__ uint32_t v_full(int slot) const { return barriers + (kMaxSlots + slot) * 8; }
+  __device__ uint32_t released(int slot) const { return barriers + (2 * kMaxSlots + slot) * 8; }
+};
+
+// The pieces of one share, in order.
+struct Piece {
+  Item item;
+  Item following;  // the next item, loaded ahead while the last head of `item` is worked on
+  Position at;     // at.tile: the first of the piece
+  int end_tile;
+  Position end;  // of the share
+
+  __device__ Piece(const AttentionArgs& args, const Share& share)
+      : item(share.item), at(share.begin), end(share.end) {
+    enter(args);
+  }
+  __device__ bool valid() const {
+    return at.item_idx < end.item_idx || (at.item_idx == end.item_idx && before_end_of_item());
+  }
+  __device__ bool whole() const { return at.tile == 0 && end_tile == item.num_tiles; }
+  __device__ void next(const AttentionArgs& args) {
+    at.tile = 0;
+    if (++at.head == args.num_kv_heads) {
+      at.head = 0;
+      ++at.item_idx;
+      item = following;
+    }
+    enter(args);
+  }
+
+ private:
+  __device__ bool before_end_of_item() const {
+    return at.head < end.head || (at.head == end.head && at.tile < end.tile);
+  }
+  __device__ void enter(const AttentionArgs& args) {
+    bool last = at.item_idx == end.item_idx && at.head == end.head;
+    end_tile = last ? end.tile : item.num_tiles;
+    bool more = at.item_idx + 1 < end.item_idx ||
+                (at.item_idx + 1 == end.item_idx && (end.head > 0 || end.tile > 0));
+    if (more && at.head + 1 == args.num_kv_heads) following = args.ws.items[at.item_idx + 1];
+  }
+};
+
+}  // namespace optimus::cuda::attention
