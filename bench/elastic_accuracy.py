@@ -45,13 +45,13 @@ def main() -> None:
                 results[MODES[0]], results[mode]
             )
         rows.append(row)
+        score = summary.overall
+        percent = [100 * share for share in (score.accuracy, score.low, score.high)]
+        against = [100 * row.get(f"vs_block{end}", 0.0) for end in ("", "_low", "_high")]
         print(
-            f"{mode}: {100 * summary.overall.accuracy:.1f}% ({100 * summary.overall.low:.1f} to "
-            f"{100 * summary.overall.high:.1f})",
-            f"{100 * row.get('vs_block', 0):+.1f} points against block "
-            f"({100 * row.get('vs_block_low', 0):+.1f} to {100 * row.get('vs_block_high', 0):+.1f})",
+            f"{mode}: {percent[0]:.1f}% ({percent[1]:.1f} to {percent[2]:.1f}), {against[0]:+.1f} "
+            f"points against block ({against[1]:+.1f} to {against[2]:+.1f}), "
             f"{summary.tokens_per_forward:.2f} tokens per forward",
-            sep=", ",
             flush=True,
         )
     if arguments.output:

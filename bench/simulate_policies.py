@@ -10,6 +10,7 @@ arm sees the same requests. `oracle` knows which rows will be needed: no arm can
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from optimus.arms import Arm, parse_arm
 from optimus.curves import load_curve
 from optimus.machine import git_commit, machine
 from optimus.native import _C
-from optimus.simulate import Workload, simulate_closed_loop, simulated_engine
+from optimus.simulate import Workload, simulate_closed_loop, simulate_oracle, simulated_engine
 from optimus.traces import Trace, load_traces
 
 FIXED = ["chunk:2", "chunk:4", "chunk:8", "chunk:16", "chunk:32"]
@@ -60,13 +61,11 @@ def sweep(name: str, traces: Sequence[Trace]) -> list[dict[str, Any]]:
     for load in loads:
         count = max(600 if workload.output_len is None else 48, per_slot * load)
         rows = {}
-        for arm in [*arms, "oracle"]:
-            oracle = arm == "oracle"
-            row = simulate_closed_loop(
-                parse_arm("chunk:32") if oracle else parse_arm(arm), curve, traces, load, count,
-                workload, oracle=oracle, **engine,
-            )  # fmt: skip
-            rows[arm] = row.to_dict()
+        for arm in arms:
+            rows[arm] = simulate_closed_loop(
+                parse_arm(arm), curve, traces, load, count, workload, **engine
+            ).to_dict()
+        rows["oracle"] = simulate_oracle(curve, traces, load, count, workload, **engine).to_dict()
         speed = {arm: row["tokens_per_second"] for arm, row in rows.items()}
         fixed = [arm for arm in speed if arm.startswith("chunk:")]
         best = max(fixed, key=speed.__getitem__)
@@ -142,7 +141,7 @@ def _settling(steps: Sequence[tuple[float, int, int]]) -> list[dict[str, float]]
             off = [not usual / 2 <= length <= usual * 2 for length in lengths]
             settled = next(k for k in range(len(off) + 1) if not any(off[k : k + SETTLE_STEPS]))
             late = lengths[settled:]
-            changes = sum(a != b for a, b in zip(late, late[1:], strict=False))
+            changes = sum(a != b for a, b in itertools.pairwise(late))
             found.append(
                 {
                     "start_s": stage[0][0], "load": stage[len(stage) // 2][1],

@@ -34,10 +34,16 @@ def simulate(
 ) -> None:
     """Simulate closed loops: the engine's own scheduler and policies, a virtual clock, recorded
     confidences and a stated step-time curve."""
-    from .arms import parse_arm, parse_arms
+    from .arms import parse_arms
     from .curves import load_curve
     from .machine import git_commit, machine
-    from .simulate import ORACLE, SimulatedRow, Workload, simulate_closed_loop
+    from .simulate import (
+        ORACLE,
+        SimulatedRow,
+        Workload,
+        simulate_closed_loop,
+        simulate_oracle,
+    )
     from .traces import load_traces
 
     names = split_list(modes)
@@ -55,12 +61,7 @@ def simulate(
                 simulate_closed_loop(arm, profile, recorded, load, count, workload, simulator=truth)
             )
         if ORACLE in names:
-            whole = parse_arm("chunk:32")
-            rows.append(
-                simulate_closed_loop(
-                    whole, profile, recorded, load, count, workload, oracle=True, simulator=truth
-                )
-            )
+            rows.append(simulate_oracle(profile, recorded, load, count, workload, simulator=truth))
     table = Table(title=f"simulated, {curve}", box=None)
     for column in ("load", "mode", "tok/s", "ms/step", "rows/step", "tok/fwd", "rows/tok"):
         table.add_column(column, justify="left" if column == "mode" else "right")

@@ -113,7 +113,7 @@ def simulate_closed_loop(
     """`num_requests` requests, `concurrency` of them at a time.
 
     curve: what steps take, and what the engine believes at the start. oracle: charge only for rows
-    that turn out to be needed (`arm` should evaluate whole blocks): no policy can do better.
+    that turn out to be needed.
     log: receives the step records. simulator, engine: further SimulatorConfig and EngineConfig
     fields.
     """
@@ -145,6 +145,32 @@ def simulate_closed_loop(
     if log is not None:
         log.extend(loop.step_records())
     return _row(ORACLE if oracle else arm.name, concurrency, loop, num_steps, wall_s)
+
+
+def simulate_oracle(
+    curve: _C.LatencyProfile,
+    traces: Sequence[Trace],
+    concurrency: int,
+    num_requests: int,
+    workload: Workload | None = None,
+    *,
+    simulator: Mapping[str, Any] | None = None,
+    **engine: Any,
+) -> SimulatedRow:
+    """The best that can be made of the recorded confidences: every way of decoding, charged only
+    for the rows that turned out to be needed; the fastest of them. (Not just whole blocks: what a
+    request commits when nothing is certain depends on which masks it looks at.)
+    """
+    arms = [Arm(f"chunk:{c}", "chunk", c) for c in (1, 2, 4, 8, 16, 32)]
+    arms += [Arm(mode, mode) for mode in ("elastic", "elastic_per_request")]
+    rows = [
+        simulate_closed_loop(
+            arm, curve, traces, concurrency, num_requests, workload, oracle=True,
+            simulator=simulator, **engine,
+        )
+        for arm in arms
+    ]  # fmt: skip
+    return max(rows, key=lambda row: row.tokens_per_second)
 
 
 def _add_requests(
