@@ -81,9 +81,8 @@ struct Consumer {
     if (tile_key + kTileKeys > piece.item.first_limit) {
       mask<kHeadDim, kKeys>(state, scores, tile_key + first_row, lane);
     }
-    if (advance_softmax<kHeadDim, kKeys>(state, scores, args.scale_log2, factors)) {
-      rescale(state, factors);
-    }
+    bool moved = advance_softmax<kHeadDim, kKeys>(state, scores, args.scale_log2, factors);
+    if (__any_sync(~0u, moved)) rescale(state, factors);
     ptx::barrier_wait(ring.v_full(at.slot), at.phase);
     int keys_left = piece.item.last_limit - tile_key - first_row;
     if (keys_left < kKeys) {
@@ -197,8 +196,8 @@ struct Consumer {
     bool moved = advance_softmax<kHeadDim, kTileKeys>(state, scores, args.scale_log2, factors);
     pin(scores);  // not to be put off until after the wait
     // The wait stands on both ways, behind a branch: within one block of straight code the compiler
-    // would put it in front of the softmax.
-    if (moved) {
+    // puts it in front of the softmax. A warpgroup must wait as one, so it votes as one.
+    if (ptx::named_barrier_or(kWarpgroupBarrier + warp / 4, 128, moved)) {
       if (kHeld) wgmma_wait<0>();
       pin(state.out);
       rescale(state, factors);
