@@ -147,7 +147,6 @@ struct Consumer {
     if (held_tile >= 0) {
       uint32_t v = ring.k(held.slot, kTileBytes<kHeadDim>) + kTileBytes<kHeadDim>;
       int keys_left = piece.item.last_limit - held_tile * kTileKeys;
-      ptx::barrier_wait(ring.v_full(held.slot), held.phase);
       if (keys_left < kTileKeys) clear_values<kHeadDim>(v, keys_left);
       pin(state.out);
       pin(p);
@@ -183,7 +182,6 @@ struct Consumer {
     wgmma_fence();
     issue_scores<kHeadDim>(state, scores, ring.k(at.slot, kTileBytes<kHeadDim>));
     if (kHeld) {
-      ptx::barrier_wait(ring.v_full(held.slot), held.phase);
       wgmma_fence();
       issue_values<kHeadDim>(state, p,
                              ring.k(held.slot, kTileBytes<kHeadDim>) + kTileBytes<kHeadDim>);
@@ -195,19 +193,16 @@ struct Consumer {
     }
     bool moved = advance_softmax<kHeadDim, kTileKeys>(state, scores, args.scale_log2, factors);
     pin(scores);  // not to be put off until after the wait
-    // The wait stands on both ways, behind a branch: within one block of straight code the compiler
-    // puts it in front of the softmax. A warpgroup must wait as one, so it votes as one.
-    if (ptx::named_barrier_or(kWarpgroupBarrier + warp / 4, 128, moved)) {
-      if (kHeld) wgmma_wait<0>();
-      pin(state.out);
-      rescale(state, factors);
-    }
+    // V must be there before the product that follows. Waiting here, and not there, also ends the
+    // block of straight code, within which the compiler puts the next wait in front of the softmax.
+    ptx::barrier_wait(ring.v_full(at.slot), at.phase);
     if (kHeld) {
       wgmma_wait<0>();
       pin(p);
-      pin(state.out);
       release(held.slot);
     }
+    pin(state.out);
+    if (__any_sync(~0u, moved)) rescale(state, factors);
 #pragma unroll
     for (int step = 0; step < kTileKeys / 16; ++step) {
       pack_step(p[step], scores[2 * step], scores[2 * step + 1]);

@@ -62,18 +62,6 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same, and tells whether `vote` held for any of the threads.
-__device__ __forceinline__ bool named_barrier_or(int id, int threads, bool vote) {
-  int any;
-  asm volatile(
-      "{ .reg .pred p, q; setp.ne.s32 p, %3, 0; bar.red.or.pred q, %1, %2, p;"
-      " selp.s32 %0, 1, 0, q; }"
-      : "=r"(any)
-      : "r"(id), "r"(threads), "r"(static_cast<int>(vote))
-      : "memory");
-  return any != 0;
-}
-
 // ------------------------------------------------------------------------------------------ copies
 
 #if defined(OPTIMUS_SM90)
