@@ -81,9 +81,8 @@ struct Consumer {
     if (tile_key + kTileKeys > piece.item.first_limit) {
       mask<kHeadDim, kKeys>(state, scores, tile_key + first_row, lane);
     }
-    if (advance_softmax<kHeadDim, kKeys>(state, scores, args.scale_log2, factors)) {
-      rescale(state, factors);
-    }
+    bool moved = advance_softmax<kHeadDim, kKeys>(state, scores, args.scale_log2, factors);
+    if (__any_sync(~0u, moved)) rescale(state, factors);
     ptx::barrier_wait(ring.v_full(at.slot), at.phase);
     int keys_left = piece.item.last_limit - tile_key - first_row;
     if (keys_left < kKeys) {
@@ -148,7 +147,6 @@ struct Consumer {
     if (held_tile >= 0) {
       uint32_t v = ring.k(held.slot, kTileBytes<kHeadDim>) + kTileBytes<kHeadDim>;
       int keys_left = piece.item.last_limit - held_tile * kTileKeys;
-      ptx::barrier_wait(ring.v_full(held.slot), held.phase);
       if (keys_left < kTileKeys) clear_values<kHeadDim>(v, keys_left);
       pin(state.out);
       pin(p);
@@ -184,7 +182,6 @@ struct Consumer {
     wgmma_fence();
     issue_scores<kHeadDim>(state, scores, ring.k(at.slot, kTileBytes<kHeadDim>));
     if (kHeld) {
-      ptx::barrier_wait(ring.v_full(held.slot), held.phase);
       wgmma_fence();
       issue_values<kHeadDim>(state, p,
                              ring.k(held.slot, kTileBytes<kHeadDim>) + kTileBytes<kHeadDim>);
@@ -196,19 +193,16 @@ struct Consumer {
     }
     bool moved = advance_softmax<kHeadDim, kTileKeys>(state, scores, args.scale_log2, factors);
     pin(scores);  // not to be put off until after the wait
-    // The wait stands on both ways, behind a branch: within one block of straight code the compiler
-    // would put it in front of the softmax.
-    if (moved) {
-      if (kHeld) wgmma_wait<0>();
-      pin(state.out);
-      rescale(state, factors);
-    }
+    // V must be there before the product that follows. Waiting here, and not there, also ends the
+    // block of straight code, within which the compiler puts the next wait in front of the softmax.
+    ptx::barrier_wait(ring.v_full(at.slot), at.phase);
     if (kHeld) {
       wgmma_wait<0>();
       pin(p);
-      pin(state.out);
       release(held.slot);
     }
+    pin(state.out);
+    if (__any_sync(~0u, moved)) rescale(state, factors);
 #pragma unroll
     for (int step = 0; step < kTileKeys / 16; ++step) {
       pack_step(p[step], scores[2 * step], scores[2 * step + 1]);

@@ -120,7 +120,7 @@ __device__ __forceinline__ void mask(const WarpState<kHeadDim>& state,
 }
 
 // Scores become probabilities relative to the new running max, and the sum follows; returns whether
-// the output has to: then by rescale() with `factors`.
+// this thread's output has to: then by rescale() with `factors`.
 template <int kHeadDim, int kKeys>
 __device__ __forceinline__ bool advance_softmax(WarpState<kHeadDim>& state,
                                                 float (&scores)[kKeys / 8][4], float scale_log2,
@@ -151,7 +151,7 @@ __device__ __forceinline__ bool advance_softmax(WarpState<kHeadDim>& state,
     }
     state.sum[half] = state.sum[half] * factors[half] + (sum[0] + sum[1]);
   }
-  return __any_sync(~0u, moved);
+  return moved;
 }
 
 template <int kHeadDim>
