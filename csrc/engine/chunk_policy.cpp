@@ -164,7 +164,10 @@ void ChunkPolicy::group(const std::vector<RequestLoad>& loads, const CommitModel
       continue;
     }
     Group& group = groups_[load.commit_context];
-    if (group.choices.empty()) {
+    // Contexts may be shared when there are many: then the lowest threshold decides, the strictest.
+    if (group.choices.empty() || load.threshold < group.threshold) {
+      group.threshold = load.threshold;
+      group.choices.clear();
       for (size_t arm = 0; arm < config_.chunk_lengths.size(); ++arm) {
         for (bool refresh : {false, true}) {
           group.choices.push_back(admitted(load.threshold, static_cast<int>(arm), refresh));
@@ -178,7 +181,10 @@ void ChunkPolicy::group(const std::vector<RequestLoad>& loads, const CommitModel
     Group& group = groups_[context];
     if (group.num_requests == 0) continue;
     for (size_t i = 0; i < group.choices.size(); ++i) {
-      group.yields[i] = commits.yield(static_cast<int>(context), group.choices[i].chunk_length);
+      CommitModel::Yield& yield = group.yields[i];
+      yield = commits.yield(static_cast<int>(context), group.choices[i].chunk_length);
+      // Whatever few observations say: looking at more masks never commits less.
+      if (i >= 2) yield.commits = std::max(yield.commits, group.yields[i - 2].commits);
     }
   }
 }

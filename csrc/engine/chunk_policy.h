@@ -94,6 +94,7 @@ class ChunkPolicy {
   };
   struct Group {  // requests of one commit context
     int num_requests = 0;
+    float threshold = 0;                     // that choices are for
     std::vector<Choice> choices;             // [2 * arms]: freeze, refresh of each
     std::vector<CommitModel::Yield> yields;  // [2 * arms]
     std::vector<float> table;                // CommitModel::history_table

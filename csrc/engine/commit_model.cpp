@@ -18,7 +18,8 @@ namespace {
 constexpr double kYieldHalfLife = 2048;  // steps of requests with one chunk length
 constexpr double kIdleHalfLife = 600;    // steps without one
 constexpr double kYieldWeight = 8;       // steps the prior is worth
-constexpr double kMaxScale = 4;          // of the prior, either way
+constexpr double kMaxScale = 4;          // of the prior's odds, either way
+constexpr double kScaleWeight = 128;     // masks it takes to believe half of what was seen
 constexpr double kHalfLife = 1024;       // observations of a rank or a history cell
 constexpr double kPriorWeight = 16;      // observations
 constexpr int kMaxContexts = 16;
@@ -67,7 +68,7 @@ int CommitModel::context(UnmaskingStrategy strategy, float threshold, int quota)
     if (nearest < 0 || distance < std::abs(contexts_[nearest].threshold - threshold)) nearest = i;
   }
   if (num_contexts() >= kMaxContexts) return nearest >= 0 ? nearest : 0;
-  Context fresh{strategy, threshold, quota, {}, 0, 0, {}, {}};
+  Context fresh{strategy, threshold, quota, {}, 0, 0, 0, 0, {}, {}};
   fresh.by_rank.assign(block_length_, {});
   contexts_.push_back(std::move(fresh));
   return num_contexts() - 1;
@@ -120,17 +121,31 @@ double CommitModel::idle_fade(const Lane& lane) const {
   return idle > 1 ? std::exp2(-idle / kIdleHalfLife) : 1.0;
 }
 
+// The prior's share of evaluated masks that commit, corrected by what was seen of it at whichever
+// chunk length. In odds: nearly all masks of a small chunk commit, also where few of a large one do.
+double CommitModel::expected_share(const Context& context, double prior_share) const {
+  const auto odds = [](double share) {
+    const double inside = std::clamp(share, 0.01, 0.99);
+    return inside / (1 - inside);
+  };
+  if (context.masks <= 0) return prior_share;
+  const double trust = context.masks / (context.masks + kScaleWeight);
+  const double ratio =
+      odds(context.commits / context.masks) / odds(context.prior_commits / context.prior_masks);
+  const double scaled =
+      odds(prior_share) * std::clamp(std::pow(ratio, trust), 1 / kMaxScale, kMaxScale);
+  return scaled / (1 + scaled);
+}
+
 CommitModel::Yield CommitModel::yield(int context, int chunk_length) const {
   check(context, 0, "yield");
   const Context& c = contexts_[context];
   const Lane& lane = c.lanes[lane_of(chunk_length)];
-  const double scale = std::clamp((kYieldWeight + c.commits) / (kYieldWeight + c.prior_commits),
-                                  1 / kMaxScale, kMaxScale);
   const Yield prior = prior_yield(chunk_length, block_length_);
   const double most = std::min(chunk_length, block_length_);
   const double fade = idle_fade(lane), weight = fade * lane.steps + kYieldWeight;
-  const double commits =
-      (fade * lane.commits + kYieldWeight * std::min(prior.commits * scale, most)) / weight;
+  const double expected = prior.masks * expected_share(c, prior.commits / prior.masks);
+  const double commits = (fade * lane.commits + kYieldWeight * expected) / weight;
   const double masks = (fade * lane.masks + kYieldWeight * prior.masks) / weight;
   // Every step commits its most confident mask whatever the threshold.
   return {std::clamp(commits, 1.0, most), std::clamp(masks, 1.0, most), fade * lane.steps};
@@ -147,7 +162,10 @@ void CommitModel::observe_step(int context, int chunk_length, int num_masks, int
   lane.steps = lane.steps * decay + 1;
   lane.last_step = step_;
   c.commits = c.commits * kDecay + num_commits;
-  c.prior_commits = c.prior_commits * kDecay + prior_yield(chunk_length, block_length_).commits;
+  c.masks = c.masks * kDecay + num_masks;
+  const Yield prior = prior_yield(chunk_length, block_length_);
+  c.prior_commits = c.prior_commits * kDecay + prior.commits;
+  c.prior_masks = c.prior_masks * kDecay + prior.masks;
 }
 
 void CommitModel::observe_waste(int context, int chunk_length, int num_wasted) {

@@ -89,7 +89,8 @@ class CommitModel {
     float threshold;
     int quota;
     std::array<Lane, kLanes> lanes;
-    double commits = 0, prior_commits = 0;  // decayed sums over all lanes: how good the prior is
+    // Decayed sums over all lanes: how good the prior is.
+    double commits = 0, masks = 0, prior_commits = 0, prior_masks = 0;
     std::vector<Counts> by_rank;
     std::array<Counts, kRankBins * kKinds> by_history{};
   };
@@ -97,6 +98,7 @@ class CommitModel {
   static int rank_bin(int rank);
   static int kind(int rank, const MaskHistory& history);
   double idle_fade(const Lane& lane) const;
+  double expected_share(const Context& context, double prior_share) const;
   double rank_probability(const Context& context, int rank) const;
   double cell_probability(const Context& context, int bin, int kind) const;
   void check(int context, int rank, const char* what) const;

@@ -53,6 +53,7 @@ class Scheduler {
   bool must_refresh(const Request& request) const;
   void plan_prefill(double now_s, const LatencyModel& latency);
   void refresh_where_free(const LatencyModel& latency, int budget);
+  int prompt_rows_left() const;
   int prefill_room(double now_s, const LatencyModel& latency) const;
   int due_prefill_rows(double now_s, double step_ms) const;
 

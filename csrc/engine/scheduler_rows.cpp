@@ -8,6 +8,7 @@ namespace optimus {
 namespace {
 
 constexpr int kPrefillShare = 4;        // prompts keep 1 / this of the row budget
+constexpr int kLeastSlice = 32;         // rows of prompts, if targets leave fewer: none
 constexpr int kMaxPrefillPause = 8;     // steps without any prompt row while prompts wait
 constexpr int kPrefillCandidates = 64;  // sizes of prompt slices that are tried
 
@@ -20,6 +21,15 @@ bool Scheduler::must_refresh(const Request& request) const {
   return plan_.decision.refresh || request.previous_needs_refresh;
 }
 
+int Scheduler::prompt_rows_left() const {
+  int rows = 0;
+  for (const Request* request : running_) {
+    if (request->status != RequestStatus::prefilling) continue;
+    rows += request->prefill_target - request->num_computed;
+  }
+  return rows;
+}
+
 void Scheduler::choose_chunks(const LatencyModel& latency, const CommitModel& commits) {
   loads_.clear();
   for (const Request* request : decoding_) {
@@ -29,12 +39,8 @@ void Scheduler::choose_chunks(const LatencyModel& latency, const CommitModel& co
   }
   // What prompts will take of the step: all they want, unless a target slowed them down lately.
   StepLoad other;
-  for (const Request* request : running_) {
-    if (request->status != RequestStatus::prefilling) continue;
-    other.rows += request->prefill_target - request->num_computed;
-  }
-  other.rows =
-      std::min(other.rows, config_.max_num_batched_rows - config_.max_num_batched_rows / 4);
+  other.rows = std::min(prompt_rows_left(), config_.max_num_batched_rows -
+                                                config_.max_num_batched_rows / kPrefillShare);
   if (config_.target_tpot_ms > 0 && step_ - last_prefill_step_ <= 1 && last_prefill_rows_ > 0) {
     other.rows = std::min(other.rows, last_prefill_rows_);
   }
@@ -122,8 +128,12 @@ int Scheduler::prefill_room(double now_s, const LatencyModel& latency) const {
   const int stride = std::max(grid, room / kPrefillCandidates / grid * grid);
   int fits = room / grid * grid;
   while (fits > 0 && step_ms(fits) > limit_ms) fits = std::max(0, fits - stride);
+  // Crumbs of a prompt only spread its cost over many steps; while there is time, it can wait.
+  const int slice = std::min(prompt_rows_left(), kLeastSlice);
+  if (fits < slice) fits = 0;
   int least = 0;
   if (config_.target_ttft_ms > 0) least = due_prefill_rows(now_s, step_ms(fits));
+  if (least < slice) least = 0;
   if (step_ >= last_prefill_step_ + kMaxPrefillPause) {
     least = std::max(least, config_.max_num_batched_rows / kPrefillShare);
   }

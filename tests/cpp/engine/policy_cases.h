@@ -93,10 +93,11 @@ inline std::vector<RequestLoad> random_batch(Rng& rng, int most) {
 
 // One batch-wide chunk length in its steady state: every commit is a fresh row of the next step, and
 // of a refreshed block the other positions are rows once more. `alone_ms`: without the prompts.
+// `lengths`: those compared; none is believed to commit less than a shorter one.
 inline ArmEstimate obvious_estimate(int chunk_length, bool refresh,
                                     const std::vector<RequestLoad>& loads, const StepLoad& other,
                                     const LatencyModel& latency, const CommitModel& commits,
-                                    int block_length = 32) {
+                                    int block_length = 32, const std::vector<int>& lengths = {}) {
   ArmEstimate result;
   double rows = 0;
   int64_t kv_tokens = 0;
@@ -107,7 +108,11 @@ inline ArmEstimate obvious_estimate(int chunk_length, bool refresh,
       rows += load.num_fresh;
       continue;
     }
-    const CommitModel::Yield yield = commits.yield(load.commit_context, chunk_length);
+    CommitModel::Yield yield = commits.yield(load.commit_context, chunk_length);
+    for (int length : lengths) {
+      if (length > chunk_length) continue;
+      yield.commits = std::max(yield.commits, commits.yield(load.commit_context, length).commits);
+    }
     rows += yield.masks + yield.commits;
     if (refresh) rows += yield.commits * std::max(0.0, 1 - yield.commits / block_length);
     result.commits += yield.commits;
@@ -133,9 +138,11 @@ class ObviousChoice {
                 const std::vector<RequestLoad>& loads, const StepLoad& other,
                 const LatencyModel& latency, const CommitModel& commits) {
     double price = 0;
+    std::vector<int> lengths;
+    for (const ArmEstimate& known : policy.arms()) lengths.push_back(known.chunk_length);
     for (const ArmEstimate& known : policy.arms()) {
-      ArmEstimate arm =
-          obvious_estimate(known.chunk_length, known.refresh, loads, other, latency, commits);
+      ArmEstimate arm = obvious_estimate(known.chunk_length, known.refresh, loads, other, latency,
+                                         commits, 32, lengths);
       if (std::find(open.begin(), open.end(), arm.refresh) == open.end()) continue;
       arm.optimism = known.optimism;
       EXPECT_TRUE(arm.optimism >= 0 && arm.optimism <= 0.1);

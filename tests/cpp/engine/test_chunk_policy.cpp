@@ -170,7 +170,7 @@ TEST(ChunkPolicy, TargetIsAConstraintOrThenTheGoal) {
     double fastest = 1e300, slowest = 0;
     for (int arm : kArms) {
       const double tpot =
-          obvious_estimate(arm, false, c.loads, c.other, c.latency, c.commits).tpot_ms;
+          obvious_estimate(arm, false, c.loads, c.other, c.latency, c.commits, 32, kArms).tpot_ms;
       fastest = std::min(fastest, tpot);
       slowest = std::max(slowest, tpot);
     }
