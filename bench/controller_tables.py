@@ -76,3 +76,12 @@ def settling_table(report: Result) -> str:
                 f"| {stage['usual_chunk_length']} | {stage['settled_after_steps']} |"
             )
     return "\n".join(lines)
+
+
+def capacity_table(report: Result) -> str:
+    """Highest request rate that still meets the SLO, per arm."""
+    names = list(report["capacities"])
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    rates = [report["capacities"][name]["rate"] for name in names]
+    lines.append(f"| requests per second | {' | '.join(f'{rate:.0f}' for rate in rates)} |")
+    return "\n".join(lines)

@@ -18,7 +18,7 @@ from typing import Any
 
 from accuracy_table import CHUNK_LENGTHS, paired_difference
 from accuracy_table import markdown as accuracy_markdown
-from controller_tables import loads_table, sweeps_table
+from controller_tables import capacity_table, loads_table, sweeps_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -145,6 +145,11 @@ def controller_sweeps() -> str:
     return simulated(name, sweeps_table(read(name)))
 
 
+def serving_capacity() -> str:
+    name = "serving_simulated.json"
+    return simulated(name, capacity_table(read(name)))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy-all": accuracy_all,
     "accuracy-recommended": accuracy_recommended,
@@ -154,6 +159,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "offline": offline,
     "controller-loads": controller_loads,
     "controller-sweeps": controller_sweeps,
+    "serving-capacity": serving_capacity,
 }
 
 
