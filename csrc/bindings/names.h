@@ -74,8 +74,7 @@ inline py::object finish_reason(FinishReason reason) {
 }
 
 template <class Owner, class E>
-void def_enum(py::class_<Owner>& cls, const char* name, E Owner::*field,
-              const Names<E>& names) {
+void def_enum(py::class_<Owner>& cls, const char* name, E Owner::*field, const Names<E>& names) {
   cls.def_property(
       name, [field, &names](const Owner& self) { return names.of(self.*field); },
       [field, &names](Owner& self, const std::string& text) { self.*field = names.parse(text); });

@@ -268,6 +268,15 @@ void Scheduler::cache_clean_pages(Request* request) {
   for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = request->token_at(static_cast<int>(i));
   prefix_cache_.insert(tokens.data(), request->pages, request->num_registered_pages, num_full);
   request->num_registered_pages = num_full;
+  // Where the same tokens were cached before, their pages take the place of the request's own. Or
+  // they would be pinned beside these by the request's later pages, which hang on them: a request
+  // could then fill a pool that holds it twice over.
+  const PrefixCache::Match cached =
+      prefix_cache_.match(tokens.data(), static_cast<int>(tokens.size()));
+  for (size_t i = 0; i < cached.pages.size(); ++i) {
+    const int32_t own = std::exchange(request->pages[i], cached.pages[i]);
+    pool_.release(own);  // the match holds the cached one
+  }
 }
 
 }  // namespace optimus

@@ -105,14 +105,14 @@ def test_after_preemption(mode: str, page_size: int) -> None:
     rng = np.random.default_rng(seed)
     model = engine_model(random_oracle(seed, vocab_size=VOCAB_SIZE))
     requests = [
-        random_request(rng, int(rng.integers(1, 12)), int(rng.integers(30, 60))) for _ in range(8)
+        random_request(rng, int(rng.integers(1, 12)), int(rng.integers(50, 60))) for _ in range(8)
     ]
     expected = alone(model, requests, **MODES[mode], page_size=page_size)
     engine = make_engine(
         model,
         **MODES[mode],
         page_size=page_size,
-        num_pages=-(-120 // page_size),
+        num_pages=-(-96 // page_size),  # one request fits, two do not
         enable_prefix_cache=bool(rng.integers(2)),
     )
     actual = generate(engine, *zip(*requests))

@@ -279,10 +279,13 @@ def test_interrupt_in_the_middle_leaves_the_llm_usable(llm: LLM) -> None:
             signal.raise_signal(signal.SIGINT)
 
     llm.on_step = interrupt
+    # Ignored where the tests run in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS * 3, SHORT)
     finally:
+        signal.signal(signal.SIGINT, before)
         llm.on_step = None
     # The stream that was running meanwhile lost nothing.
     assert begun + "".join(e.text or "" for e in other) == expected[0]
