@@ -36,6 +36,7 @@ struct Names {
 
 inline const Names<DType> kDTypes{"dtype",
                                   {{DType::float32, "float32"}, {DType::bfloat16, "bfloat16"}}};
+inline const Names<Device> kDevices{"device", {{Device::cpu, "cpu"}, {Device::cuda, "cuda"}}};
 inline const Names<DecodeMode> kDecodeModes{
     "decode_mode",
     {{DecodeMode::ar, "ar"},
@@ -74,8 +75,7 @@ inline py::object finish_reason(FinishReason reason) {
 }
 
 template <class Owner, class E>
-void def_enum(py::class_<Owner>& cls, const char* name, E Owner::*field,
-              const Names<E>& names) {
+void def_enum(py::class_<Owner>& cls, const char* name, E Owner::*field, const Names<E>& names) {
   cls.def_property(
       name, [field, &names](const Owner& self) { return names.of(self.*field); },
       [field, &names](Owner& self, const std::string& text) { self.*field = names.parse(text); });
