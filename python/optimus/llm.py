@@ -49,12 +49,10 @@ class LLM:
 
     model: directory of a Hugging Face checkpoint; None is the demo model of the package.
     device: "cpu", "cuda", or "auto": "cuda" where the build has it and a GPU answers.
-    dtype: of weights, activations and KV: "float32" or "bfloat16"; "auto" is "float32" on the CPU,
-        where the outputs of a row do not depend, to the bit, on what else is in the batch, and
-        "bfloat16" on CUDA, which has no other.
-    grow_to: grow the model to larger shapes while it is loaded (see `optimus grow`): "sdar-1.7b",
-        "sdar-4b", "sdar-8b", or the path of a config.json. It decodes as before, at the cost of
-        the larger model.
+    dtype: of weights, activations and KV. "auto": "float32" on the CPU, where a row's outputs are
+        the same, to the bit, whatever is in the batch; "bfloat16" on CUDA, which has no other.
+    grow_to: larger shapes to grow the model to while it is loaded, as for `optimus grow`:
+        "sdar-8b", or the path of a config.json. It decodes as before, at the larger model's cost.
     decode_mode: "ar" (one token per forward), "block" (the published block-diffusion loop),
         "chunk" (`chunk_length` masked positions per forward), "elastic" (the chunk length follows
         load and measured time, and so may a request's tokens; the other modes repeat exactly,
@@ -142,29 +140,23 @@ class LLM:
             block_length=block_length,
             mask_token_id=mask_token_id,
         )
-        self.checkpoint: Checkpoint = (
-            parent if grow_to is None else grown_in_memory(parent, grow_to)
-        )
-        # Fails before weights are read.
-        native = options.to_native(self.checkpoint, self.dtype, self.device)
+        self.checkpoint: Checkpoint = grown_in_memory(parent, grow_to) if grow_to else parent
+        native = options.to_native(self.checkpoint, self.dtype, self.device)  # before any weights
         self._calibration = CalibrationSource(self.checkpoint, calibration)
         self.tokenizer = Tokenizer.load(self.checkpoint.path)
         self._model = _C.Model(self.checkpoint.model_config(self.dtype), self.device)
-        if grow_to is None:
-            load_weights(self._model, self.checkpoint.path)
-        else:
+        if grow_to:
             load_grown_weights(self._model, parent, self.checkpoint, self.dtype)
+        else:
+            load_weights(self._model, self.checkpoint.path)
         self._start_engine(options, native, to_profile(latency_profile))
 
     def with_options(self, **changes: Any) -> LLM:
         """A new LLM with its own engine over the same weights and tokenizer (nothing is copied).
 
-        changes: engine options of the constructor (decode_mode, chunk_length, kv_policy,
-        max_num_seqs, max_num_batched_rows, kv_cache_memory, gpu_memory_utilization, cuda_graphs,
-        max_model_len, page_size, enable_prefix_cache, num_threads, seed, chunk_arms,
-        recompute_block). A change of
-        decode_mode resets the options that belong to one mode. A latency profile already measured
-        is used again unless num_threads or max_num_batched_rows changes.
+        changes: engine options of the constructor (not of the model, calibration or
+        latency_profile). Another decode_mode resets the options that belong to one mode. A measured
+        latency profile is used again unless num_threads or max_num_batched_rows changes.
         Raises TypeError for an unknown name and ValueError for a bad value.
         """
         if "decode_mode" in changes:
