@@ -32,10 +32,14 @@ void bind_model(py::module_& m) {
     std::vector<int64_t> shape(data.shape(), data.shape() + data.ndim());
     if (data.dtype().is(py::dtype::of<uint16_t>())) {
       auto bits = py::array_t<uint16_t, py::array::c_style>::ensure(data);
-      self.load_tensor(name, shape, DType::bfloat16, bits.data());
+      const void* values = bits.data();
+      py::gil_scoped_release others_run;
+      self.load_tensor(name, shape, DType::bfloat16, values);
     } else if (data.dtype().kind() == 'f') {
-      auto values = py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(data);
-      self.load_tensor(name, shape, DType::float32, values.data());
+      auto floats = py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(data);
+      const void* values = floats.data();
+      py::gil_scoped_release others_run;
+      self.load_tensor(name, shape, DType::float32, values);
     } else {
       throw std::invalid_argument(concat("[load_tensor] ", name,
                                          " must be floating point or bfloat16 as uint16, got ",
@@ -43,8 +47,12 @@ void bind_model(py::module_& m) {
     }
   };
   py::class_<Model, std::shared_ptr<Model>>(m, "Model")
-      .def(py::init<const ModelConfig&>(), py::arg("config"))
+      .def(py::init([](const ModelConfig& model_config, const std::string& device) {
+             return std::make_shared<Model>(model_config, kDevices.parse(device));
+           }),
+           py::arg("config"), py::arg("device") = "cpu")
       .def_property_readonly("config", &Model::config)
+      .def_property_readonly("device", [](const Model& self) { return kDevices.of(self.device()); })
       .def("expected_tensors",
            [](const Model& self) {
              py::dict shapes;
@@ -71,6 +79,7 @@ py::array_t<float> forward(Engine& self, const std::vector<int32_t>& token_ids,
 void bind_engine(py::module_& m) {
   py::class_<Engine>(m, "Engine")
       .def(py::init([](std::shared_ptr<Model> model, const EngineConfig& config) {
+             py::gil_scoped_release others_run;  // graphs are captured
              return std::make_unique<Engine>(std::move(model), config);
            }),
            py::arg("model"), py::arg("config"))
@@ -82,7 +91,8 @@ void bind_engine(py::module_& m) {
       .def("stop_request", &Engine::stop_request, py::arg("id"), py::arg("num_tokens"))
       .def("abort", &Engine::abort, py::arg("id"))
       .def("release", &Engine::release, py::arg("id"))
-      .def("profile", &Engine::profile, py::arg("repeats") = 3)
+      .def("profile", &Engine::profile, py::arg("repeats") = 3,
+           py::call_guard<py::gil_scoped_release>())
       .def("set_profile", &Engine::set_profile, py::arg("profile"))
       .def_property_readonly("overhead_ms",
                              [](Engine& self) { return self.core().latency().overhead_ms(); })
@@ -109,14 +119,31 @@ void bind_engine(py::module_& m) {
                              [](Engine& self) { return self.scheduler().num_waiting(); })
       .def_property_readonly("num_running",
                              [](Engine& self) { return self.scheduler().num_running(); })
-      .def_property_readonly("memory", [](Engine& self) {
-        py::dict bytes;
-        bytes["weights"] = self.model().weight_bytes();
-        bytes["kv_cache"] = self.runner().kv_cache_bytes();
-        bytes["activations"] = self.runner().activation_bytes();
-        bytes["state"] = self.runner().state_bytes();
-        return bytes;
-      });
+      .def_property_readonly("memory",
+                             [](Engine& self) {
+                               py::dict bytes;
+                               bytes["weights"] = self.model().weight_bytes();
+                               bytes["kv_cache"] = self.runner().kv_cache_bytes();
+                               bytes["activations"] = self.runner().activation_bytes();
+                               bytes["state"] = self.runner().state_bytes();
+                               bytes["graphs"] = self.runner().graph_bytes();
+                               return bytes;
+                             })
+      .def_property_readonly("padded_rows",
+                             [](Engine& self) { return self.runner().padded_rows(); })
+      .def_property_readonly(
+          "graphs",
+          [](Engine& self) {
+            py::list graphs;
+            for (const Runner::CapturedGraph& graph : self.runner().captured_graphs()) {
+              graphs.append(py::make_tuple(graph.rows, graph.capture_ms, graph.bytes));
+            }
+            return graphs;
+          })
+      .def("time_forward", &Engine::time_forward, py::arg("rows"), py::arg("num_seqs"),
+           py::arg("context"), py::arg("repeats") = 3, py::call_guard<py::gil_scoped_release>())
+      .def("time_gemms", &Engine::time_gemms, py::arg("rows"), py::arg("repeats") = 3,
+           py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_pages(py::module_& m) {
@@ -160,6 +187,12 @@ void bind_pages(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Optimus: C++ engine for block-diffusion language models";
+  m.def("cuda_problem", &cuda_problem);
+  m.def("cuda_device_name", &cuda_device_name);
+  m.def("cuda_memory", [] {
+    const DeviceMemoryInfo info = cuda_memory();
+    return py::make_tuple(info.free, info.total);
+  });
   bind_model(m);
   bind_configs(m);
   bind_outputs(m);

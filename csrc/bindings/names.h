@@ -36,6 +36,7 @@ struct Names {
 
 inline const Names<DType> kDTypes{"dtype",
                                   {{DType::float32, "float32"}, {DType::bfloat16, "bfloat16"}}};
+inline const Names<Device> kDevices{"device", {{Device::cpu, "cpu"}, {Device::cuda, "cuda"}}};
 inline const Names<DecodeMode> kDecodeModes{
     "decode_mode",
     {{DecodeMode::ar, "ar"},

@@ -84,6 +84,8 @@ void bind_configs(py::module_& m) {
       .def_readwrite("max_model_len", &EngineConfig::max_model_len)
       .def_readwrite("page_size", &EngineConfig::page_size)
       .def_readwrite("num_pages", &EngineConfig::num_pages)
+      .def_readwrite("gpu_memory_utilization", &EngineConfig::gpu_memory_utilization)
+      .def_readwrite("cuda_graphs", &EngineConfig::cuda_graphs)
       .def_readwrite("enable_prefix_cache", &EngineConfig::enable_prefix_cache)
       .def_readwrite("num_threads", &EngineConfig::num_threads)
       .def_readwrite("eos_token_ids", &EngineConfig::eos_token_ids)

@@ -1,11 +1,10 @@
 // Where an operation runs. Passed explicitly to every op; there is no ambient device or stream.
 #pragma once
 
+#include "core/device.h"
 #include "core/parallel.h"
 
 namespace optimus {
-
-enum class Device : unsigned char { cpu, cuda };
 
 struct Execution {
   Device device = Device::cpu;

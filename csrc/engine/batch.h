@@ -29,13 +29,20 @@ struct EngineConfig {
   int max_num_batched_rows = 512;
   int max_model_len = 2048;
   int page_size = 32;
-  int num_pages = 1024;
+  int num_pages = 1024;  // CUDA: 0 = as many as gpu_memory_utilization leaves room for
+  double gpu_memory_utilization = 0.9;  // share of the GPU's memory that is in use at most
+  bool cuda_graphs = true;              // false: CUDA kernels are launched one by one
   bool enable_prefix_cache = true;
   int num_threads = 0;       // 0 = all cores
   int step_log_size = 4096;  // steps remembered
   std::vector<int32_t> eos_token_ids;
   bool shuffle_pages = false;  // hand pages out in random order (tests)
 
+  // Pages a request of this many tokens needs at its longest.
+  int pages_for(int num_tokens) const {
+    const int end = (num_tokens + grid() - 1) / grid() * grid();
+    return (end + page_size - 1) / page_size;
+  }
   // The decode grid: the trained block, or single tokens in ar mode.
   int grid() const { return decode_mode == DecodeMode::ar ? 1 : block_length; }
   RowMode row_mode() const {

@@ -4,126 +4,193 @@
 
 namespace optimus {
 
-DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq) : config_(config) {
+DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, Device device)
+    : config_(config), plan_(device), results_(device) {
   const size_t slots = config.max_num_seqs, rows = config.max_num_batched_rows;
-  const size_t window = 2 * size_t(config.grid()), stride = max_pages_per_seq;
-  auto allocate = [](size_t count, auto&... buffers) {
-    ((buffers = std::decay_t<decltype(buffers)>(count, 0)), ...);
+  const size_t grid = config.grid(), stride = max_pages_per_seq;
+  const auto mirror = [](MirroredArrays& arrays, size_t count, auto&... mirrored) {
+    (arrays.add(count, mirrored), ...);
   };
-  allocate(slots, block_start_, denoise_step_, top_k_, denoising_steps_, unmasking_strategy_,
-           temperature_, top_p_, confidence_threshold_, entropy_bound_, seed_, slots_,
-           chunk_lengths_, prefill_lens_, prefill_starts_, prefill_offsets_, refresh_, num_fresh_,
-           num_masked_);
-  allocate(slots * window, window_tokens_, window_status_);
-  allocate(slots * stride, page_table_, seq_page_table_);
-  allocate(rows, prefill_tokens_, token_ids_, positions_, kv_limits_, kv_slots_, logit_rows_,
-           logit_slots_, logit_offsets_, candidate_ids_, candidate_confidence_, candidate_logprob_,
-           candidate_entropy_, candidate_committed_);
-  // time_forward runs every row as its own sequence at the worst.
-  cu_seqlens_q_ = Buffer<int32_t>(std::max(slots, rows) + 1, 0);
-  counts_ = Buffer<int32_t>(2, 0);
+  mirror(plan_, slots, slots_, chunk_lengths_, prefill_lens_, prefill_starts_, prefill_offsets_,
+         refresh_, open_slots_, open_block_starts_, open_num_fresh_, top_k_, denoising_steps_,
+         temperature_, top_p_, confidence_threshold_, entropy_bound_, unmasking_strategy_, seed_);
+  mirror(plan_, slots * grid, open_tokens_);
+  mirror(plan_, slots * stride, page_table_);
+  mirror(plan_, rows, prefill_tokens_);
+  plan_.allocate();
+  std::fill_n(denoising_steps_.host, slots, 1);  // slots that nobody had are timed too
+  mirror(results_, 2, counts_);
+  mirror(results_, slots, block_start_, num_fresh_, num_masked_);
+  mirror(results_, rows, logit_slots_, logit_offsets_, candidate_ids_, candidate_confidence_,
+         candidate_logprob_, candidate_committed_);
+  results_.allocate();
 
-  state_ = {block_start_.data(),   window_tokens_.data(),   window_status_.data(),
-            denoise_step_.data(),  page_table_.data(),      temperature_.data(),
-            top_k_.data(),         top_p_.data(),           confidence_threshold_.data(),
-            entropy_bound_.data(), denoising_steps_.data(), unmasking_strategy_.data(),
-            seed_.data(),          config.max_num_seqs,     config.grid(),
+  const auto allocate = [device](size_t count, auto&... buffers) {
+    ((buffers = std::decay_t<decltype(buffers)>(count, device)), ...);
+  };
+  allocate(slots, denoise_step_);
+  allocate(slots * 2 * grid, window_tokens_, window_status_);
+  allocate(slots * stride, seq_page_table_);
+  allocate(rows, token_ids_, positions_, kv_limits_, kv_slots_, logit_rows_, candidate_entropy_);
+  allocate(slots + 1, cu_seqlens_q_);
+
+  state_ = {block_start_.device,   window_tokens_.data(),   window_status_.data(),
+            denoise_step_.data(),  page_table_.device,      temperature_.device,
+            top_k_.device,         top_p_.device,           confidence_threshold_.device,
+            entropy_bound_.device, denoising_steps_.device, unmasking_strategy_.device,
+            seed_.device,          config.max_num_seqs,     config.grid(),
             max_pages_per_seq};
   rows_ = {token_ids_.data(),     positions_.data(),      kv_limits_.data(),  kv_slots_.data(),
-           cu_seqlens_q_.data(),  seq_page_table_.data(), logit_rows_.data(), logit_slots_.data(),
-           logit_offsets_.data(), counts_.data()};
-  candidates_ = {candidate_ids_.data(), candidate_confidence_.data(), candidate_logprob_.data(),
-                 candidate_entropy_.data(), candidate_committed_.data()};
+           cu_seqlens_q_.data(),  seq_page_table_.data(), logit_rows_.data(), logit_slots_.device,
+           logit_offsets_.device, counts_.device};
+  candidates_ = {candidate_ids_.device, candidate_confidence_.device, candidate_logprob_.device,
+                 candidate_entropy_.data(), candidate_committed_.device};
 }
 
-// Writes a request's decode window and sampling parameters into its slot.
-void DecodeBuffers::open_window(const Request& request) {
+// A request's sampling parameters, into its slot.
+void DecodeBuffers::write_sampling(const Request& request) {
   const int grid = config_.grid(), slot = request.slot;
-  int32_t* tokens = window_tokens_.data() + size_t(slot) * 2 * grid;
-  uint8_t* status = window_status_.data() + size_t(slot) * 2 * grid;
-  std::fill(tokens, tokens + 2 * grid, -1);
-  std::fill(status, status + grid, uint8_t(kCached));
-  std::fill(status + grid, status + 2 * grid, uint8_t(kAbsent));
-  int first = config_.decode_mode == DecodeMode::ar ? 0 : grid;  // ar feeds the token before
-  for (int i = 0; i < request.num_fresh; ++i) {
-    tokens[first + i] = request.token_at(request.block_start - grid + first + i);
-    status[first + i] = kFresh;
-  }
   const SamplingParams& params = request.params;
-  block_start_[slot] = request.block_start;
-  denoise_step_[slot] = 0;
-  temperature_[slot] = params.temperature;
-  top_k_[slot] = params.top_k;
-  top_p_[slot] = params.top_p;
-  confidence_threshold_[slot] = params.confidence_threshold;
-  entropy_bound_[slot] = params.entropy_bound;
-  denoising_steps_[slot] =
+  temperature_.host[slot] = params.temperature;
+  top_k_.host[slot] = params.top_k;
+  top_p_.host[slot] = params.top_p;
+  confidence_threshold_.host[slot] = params.confidence_threshold;
+  entropy_bound_.host[slot] = params.entropy_bound;
+  denoising_steps_.host[slot] =
       params.denoising_steps > 0 ? std::min(params.denoising_steps, grid) : grid;
-  unmasking_strategy_[slot] = params.unmasking_strategy;
-  seed_[slot] = params.seed;
+  unmasking_strategy_.host[slot] = params.unmasking_strategy;
+  seed_.host[slot] = params.seed;
 }
 
-BuildRowsParams DecodeBuffers::write_plan(const StepPlan& plan, int mask_token_id) {
+void DecodeBuffers::open_window(const Request& request) {
+  const int grid = config_.grid(), at = num_openings_++;
+  // ar feeds the token before block_start.
+  const int first = request.block_start - (config_.decode_mode == DecodeMode::ar ? grid : 0);
+  open_slots_.host[at] = request.slot;
+  open_block_starts_.host[at] = request.block_start;
+  open_num_fresh_.host[at] = request.num_fresh;
+  for (int i = 0; i < request.num_fresh; ++i) {
+    open_tokens_.host[size_t(at) * grid + i] = request.token_at(first + i);
+  }
+  write_sampling(request);
+}
+
+void DecodeBuffers::write_plan(const StepPlan& plan) {
+  const RowMode mode = config_.row_mode();
   int num_prefill_tokens = 0;
-  for (size_t s = 0; s < plan.seqs.size(); ++s) {
+  num_openings_ = planned_logit_rows_ = 0;
+  num_seqs_ = static_cast<int>(plan.seqs.size());
+  planned_rows_ = plan.num_rows;
+  for (int s = 0; s < num_seqs_; ++s) {
     const SeqPlan& seq = plan.seqs[s];
     Request& request = *seq.request;
-    if (seq.prefill_len == 0 && !request.window_open) {
-      open_window(request);
+    if (seq.prefill_len == 0) {
+      if (!request.window_open) open_window(request);
       request.window_open = true;
+      planned_logit_rows_ += mode == RowMode::ar ? 1
+                             : mode == RowMode::block
+                                 ? request.num_masked
+                                 : std::min(seq.chunk_length, request.num_masked);
     }
-    slots_[s] = request.slot;
-    chunk_lengths_[s] = seq.chunk_length;
-    refresh_[s] = seq.refresh;
-    prefill_lens_[s] = seq.prefill_len;
-    prefill_starts_[s] = request.num_computed;
-    prefill_offsets_[s] = num_prefill_tokens;
+    slots_.host[s] = request.slot;
+    chunk_lengths_.host[s] = seq.chunk_length;
+    refresh_.host[s] = seq.refresh;
+    prefill_lens_.host[s] = seq.prefill_len;
+    prefill_starts_.host[s] = request.num_computed;
+    prefill_offsets_.host[s] = num_prefill_tokens;
     for (int i = 0; i < seq.prefill_len; ++i) {
-      prefill_tokens_[num_prefill_tokens++] = request.token_at(request.num_computed + i);
+      prefill_tokens_.host[num_prefill_tokens++] = request.token_at(request.num_computed + i);
     }
     std::copy(request.pages.begin(), request.pages.end(),
-              page_table_.data() + size_t(request.slot) * state_.page_table_stride);
+              page_table_.host + size_t(request.slot) * state_.page_table_stride);
   }
+}
+
+OpenWindowsParams DecodeBuffers::open_windows_params() const {
   return {state_,
-          slots_.data(),
-          chunk_lengths_.data(),
-          refresh_.data(),
-          prefill_lens_.data(),
-          prefill_starts_.data(),
-          prefill_offsets_.data(),
-          prefill_tokens_.data(),
+          open_slots_.device,
+          open_block_starts_.device,
+          open_num_fresh_.device,
+          open_tokens_.device,
+          num_openings_,
+          config_.row_mode()};
+}
+
+BuildRowsParams DecodeBuffers::build_rows_params(int mask_token_id, int pad_rows_to,
+                                                 int pad_seqs_to) const {
+  return {state_,
+          slots_.device,
+          chunk_lengths_.device,
+          refresh_.device,
+          prefill_lens_.device,
+          prefill_starts_.device,
+          prefill_offsets_.device,
+          prefill_tokens_.device,
           rows_,
-          static_cast<int>(plan.seqs.size()),
+          num_seqs_,
           config_.max_num_batched_rows,
           config_.page_size,
           mask_token_id,
           config_.decode_mode == DecodeMode::ar,
-          config_.row_mode()};
+          config_.row_mode(),
+          pad_rows_to,
+          pad_seqs_to};
 }
 
-UnmaskParams DecodeBuffers::unmask_params(const void* logits, const ModelConfig& model) {
+UnmaskParams DecodeBuffers::unmask_params(const void* logits, const ModelConfig& model,
+                                          int num_logit_rows) {
   return {logits,
           rows_.logit_slots,
           rows_.logit_offsets,
           state_,
           candidates_,
-          num_fresh_.data(),
-          num_masked_.data(),
-          num_logit_rows(),
+          num_fresh_.device,
+          num_masked_.device,
+          num_logit_rows,
           model.true_vocab_size > 0 ? model.true_vocab_size : model.vocab_size,
           config_.row_mode(),
           model.dtype,
-          model.vocab_size};
+          model.vocab_size,
+          counts_.device + 1};
 }
 
 StepResult DecodeBuffers::result() const {
-  return {rows_.logit_slots, rows_.logit_offsets, candidates_, state_.block_start,
-          num_fresh_.data(), num_masked_.data(),  num_rows(),  num_logit_rows()};
+  const Candidates candidates = {candidate_ids_.host, candidate_confidence_.host,
+                                 candidate_logprob_.host, nullptr, candidate_committed_.host};
+  return {logit_slots_.host, logit_offsets_.host, candidates, block_start_.host,
+          num_fresh_.host,   num_masked_.host,    num_rows(), num_logit_rows()};
+}
+
+void DecodeBuffers::write_rows(const HostRows& rows) {
+  const auto write = [](Buffer<int32_t>& buffer, const std::vector<int32_t>& values) {
+    buffer.copy_in(0, values.data(), values.size());
+  };
+  write(token_ids_, rows.token_ids);
+  write(positions_, rows.positions);
+  write(kv_limits_, rows.kv_limits);
+  write(kv_slots_, rows.kv_slots);
+  write(logit_rows_, rows.logit_rows);
+  write(cu_seqlens_q_, rows.cu_seqlens_q);
+  write(seq_page_table_, rows.page_table);
+  const auto write_mirrored = [this](const Mirrored<int32_t>& to,
+                                     const std::vector<int32_t>& from) {
+    copy_memory(to.device, from.data(), from.size() * sizeof(int32_t), results_.device());
+  };
+  write_mirrored(logit_slots_, rows.logit_slots);
+  write_mirrored(logit_offsets_, rows.logit_offsets);
+  write_mirrored(counts_, {static_cast<int32_t>(rows.token_ids.size()),
+                           static_cast<int32_t>(rows.logit_slots.size())});
 }
 
 size_t DecodeBuffers::bytes() const {
-  return (page_table_.size() + seq_page_table_.size() + window_tokens_.size()) * sizeof(int32_t) +
-         window_status_.size() + block_start_.size() * 64 + token_ids_.size() * 64;
+  size_t total =
+      plan_.bytes() + results_.bytes() + window_status_.bytes() + candidate_entropy_.bytes();
+  for (const Buffer<int32_t>* buffer :
+       {&window_tokens_, &denoise_step_, &token_ids_, &positions_, &kv_limits_, &kv_slots_,
+        &cu_seqlens_q_, &seq_page_table_, &logit_rows_}) {
+    total += buffer->bytes();
+  }
+  return total;
 }
 
 }  // namespace optimus

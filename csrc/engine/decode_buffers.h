@@ -1,14 +1,18 @@
 // Everything a step reads and writes besides weights, KV and activations: the decode state of every
-// slot, the plan as build_rows takes it, the rows, and the candidates. Allocated once.
+// slot, the plan as build_rows takes it, the rows, and the candidates. Allocated once, where the
+// kernels run; what the host writes goes there in one copy, what it reads comes back in one.
 #pragma once
 
+#include <vector>
+
 #include "core/buffer.h"
+#include "core/mirrored.h"
 #include "engine/batch.h"
 #include "models/config.h"
 
 namespace optimus {
 
-// Views into the buffers of a finished step, valid until the next one.
+// Views into the buffers of a finished step, valid until the next one. On the host.
 struct StepResult {
   const int32_t* logit_slots;    // [num_logit_rows]
   const int32_t* logit_offsets;  // [num_logit_rows] position - block_start, before the step
@@ -19,46 +23,79 @@ struct StepResult {
   int num_rows, num_logit_rows;
 };
 
+// Rows written down by the host, for steps that no plan made.
+struct HostRows {
+  std::vector<int32_t> token_ids, positions, kv_limits, kv_slots, logit_rows;  // [rows]
+  std::vector<int32_t> logit_slots, logit_offsets;  // rows that unmask looks at, at most [rows]
+  std::vector<int32_t> cu_seqlens_q;                // [num_seqs + 1]
+  std::vector<int32_t> page_table;                  // [num_seqs, page_table_stride]
+};
+
 class DecodeBuffers {
  public:
-  DecodeBuffers(const EngineConfig& config, int max_pages_per_seq);
+  DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, Device device = Device::cpu);
 
-  // Opens the windows of requests that start decoding and writes the plan down.
-  BuildRowsParams write_plan(const StepPlan& plan, int mask_token_id);
-  // unmask of the rows that build_rows made.
-  UnmaskParams unmask_params(const void* logits, const ModelConfig& model);
+  // Writes the plan down on the host, with the windows of requests that start decoding.
+  void write_plan(const StepPlan& plan);
+  void upload(Stream& stream) { plan_.upload(stream); }
+  // Of the uploaded plan: windows first, then the rows. Padded to that many rows and sequences.
+  OpenWindowsParams open_windows_params() const;
+  BuildRowsParams build_rows_params(int mask_token_id, int pad_rows_to = 0,
+                                    int pad_seqs_to = 0) const;
+  // unmask of the rows that build_rows made, without a workspace; `num_logit_rows` with padding.
+  UnmaskParams unmask_params(const void* logits, const ModelConfig& model, int num_logit_rows);
+  void download(Stream& stream) { results_.download(stream); }
+  // Of the downloaded step. Candidates have no entropy.
   StepResult result() const;
 
+  void write_rows(const HostRows& rows);
+
+  // Device memory, but for the counts.
   const DecodeState& state() const { return state_; }
   const StepRows& rows() const { return rows_; }
   const Candidates& candidates() const { return candidates_; }
-  int num_rows() const { return counts_[0]; }
-  int num_logit_rows() const { return counts_[1]; }
+  // Of the plan, exactly; the device's own counts come with the results.
+  int planned_rows() const { return planned_rows_; }
+  int planned_logit_rows() const { return planned_logit_rows_; }
+  int num_openings() const { return num_openings_; }
+  int num_rows() const { return counts_.host[0]; }
+  int num_logit_rows() const { return counts_.host[1]; }
   size_t bytes() const;
 
  private:
   void open_window(const Request& request);
+  void write_sampling(const Request& request);
 
   EngineConfig config_;
-  // Decode state [num_slots, ...]; see DecodeState.
-  Buffer<int32_t> block_start_, window_tokens_, denoise_step_, page_table_, top_k_,
-      denoising_steps_;
-  Buffer<uint8_t> window_status_, unmasking_strategy_;
-  Buffer<float> temperature_, top_p_, confidence_threshold_, entropy_bound_;
-  Buffer<uint64_t> seed_;
-  DecodeState state_{};
+  int num_seqs_ = 0, num_openings_ = 0, planned_rows_ = 0, planned_logit_rows_ = 0;
 
-  // The plan as build_rows reads it [max_num_seqs], [max_rows].
-  Buffer<int32_t> slots_, chunk_lengths_, prefill_lens_, prefill_starts_, prefill_offsets_,
+  // Host to device. The plan as build_rows reads it [max_num_seqs], [max_rows]; windows to open
+  // [max_num_seqs]; and those fields of the state that the host alone writes [num_slots].
+  MirroredArrays plan_;
+  Mirrored<int32_t> slots_, chunk_lengths_, prefill_lens_, prefill_starts_, prefill_offsets_,
       prefill_tokens_;
-  Buffer<uint8_t> refresh_;
+  Mirrored<uint8_t> refresh_;
+  Mirrored<int32_t> open_slots_, open_block_starts_, open_num_fresh_, open_tokens_;
+  Mirrored<int32_t> page_table_, top_k_, denoising_steps_;
+  Mirrored<float> temperature_, top_p_, confidence_threshold_, entropy_bound_;
+  Mirrored<uint8_t> unmasking_strategy_;
+  Mirrored<uint64_t> seed_;
 
-  // Rows and results of a step [max_rows].
+  // Device to host [num_slots], [max_rows].
+  MirroredArrays results_;
+  Mirrored<int32_t> counts_, block_start_, num_fresh_, num_masked_, logit_slots_, logit_offsets_,
+      candidate_ids_;
+  Mirrored<float> candidate_confidence_, candidate_logprob_;
+  Mirrored<uint8_t> candidate_committed_;
+
+  // Device only.
+  Buffer<int32_t> window_tokens_, denoise_step_;
+  Buffer<uint8_t> window_status_;
   Buffer<int32_t> token_ids_, positions_, kv_limits_, kv_slots_, cu_seqlens_q_, seq_page_table_,
-      logit_rows_, logit_slots_, logit_offsets_, counts_;
-  Buffer<int32_t> candidate_ids_, num_fresh_, num_masked_;
-  Buffer<float> candidate_confidence_, candidate_logprob_, candidate_entropy_;
-  Buffer<uint8_t> candidate_committed_;
+      logit_rows_;
+  Buffer<float> candidate_entropy_;
+
+  DecodeState state_{};
   StepRows rows_{};
   Candidates candidates_{};
 };

@@ -18,35 +18,91 @@ EngineConfig resolve(EngineConfig config, const Model& model) {
                 "[engine] only decode_mode ar works without a mask_token_id");
   // The published loop always runs the clean block once more; causal KV is clean as it is.
   if (config.row_mode() != RowMode::chunk) config.kv_policy = KvPolicy::refresh;
-  validate(config);
+  EngineConfig checked = config;
+  if (model.device() == Device::cuda) checked.num_pages = std::max(1, config.num_pages);
+  validate(checked);
   return config;
+}
+
+// Points between those beyond `rows`: there a step costs what it has, not what the next point costs.
+void interpolate_from(std::vector<LatencyProfile::Point>& points, int rows) {
+  constexpr int kStride = 64;
+  std::vector<LatencyProfile::Point> dense;
+  for (const LatencyProfile::Point& point : points) {
+    if (point.rows > rows && !dense.empty()) {
+      const LatencyProfile::Point last = dense.back();
+      for (int between = last.rows + kStride; between < point.rows; between += kStride) {
+        const double share = double(between - last.rows) / (point.rows - last.rows);
+        dense.push_back({between, last.ms + share * (point.ms - last.ms)});
+      }
+    }
+    dense.push_back(point);
+  }
+  points = std::move(dense);
 }
 
 }  // namespace
 
 Engine::Engine(std::shared_ptr<const Model> model, const EngineConfig& config)
     : model_(std::move(model)),
-      core_(resolve(config, *model_), model_->config().vocab_size),
-      runner_(*model_, core_.config(), core_.scheduler().pages_for(core_.config().max_model_len)) {}
+      runner_(*model_, resolve(config, *model_)),
+      core_(runner_.config(), model_->config().vocab_size) {}
 
 uint64_t Engine::add_request(std::vector<int32_t> prompt, SamplingParams params) {
   return core_.add_request(std::move(prompt), std::move(params), now_s());
 }
 
-StepOutput Engine::step() {
+bool Engine::start_step() {
   const StepPlan& plan = core_.plan(now_s());
-  if (plan.seqs.empty()) return {};
-  const double start_s = now_s();
-  const StepResult result = runner_.run(plan);
-  const double end_s = now_s();
-  return core_.update(result, (end_s - start_s) * 1e3, end_s);
+  if (plan.seqs.empty()) return false;
+  runner_.start(plan);
+  is_started_ = true;
+  return true;
+}
+
+StepOutput Engine::finish_step() {
+  const StepResult result = runner_.finish();
+  is_started_ = false;
+  return core_.update(result, runner_.step_ms(), now_s());
+}
+
+StepOutput Engine::step() {
+  StepOutput output;
+  if (settled_.has_value()) {
+    output = std::move(*settled_);
+    settled_.reset();
+  } else {
+    if (!is_started_ && !start_step()) return {};
+    output = finish_step();
+  }
+  if (runner_.device() == Device::cuda && core_.has_unfinished()) start_step();
+  return output;
+}
+
+// No step is on the device after it, so that requests may go.
+void Engine::settle() {
+  if (is_started_) settled_ = finish_step();
 }
 
 void Engine::stop_request(uint64_t id, int num_tokens) {
+  settle();
   core_.stop_request(id, num_tokens, now_s());
 }
 
-void Engine::abort(uint64_t id) { core_.abort(id, now_s()); }
+void Engine::abort(uint64_t id) {
+  settle();
+  core_.abort(id, now_s());
+}
+
+void Engine::release(uint64_t id) {
+  core_.release(id);
+  if (!settled_.has_value()) return;
+  std::vector<RequestUpdate>& updates = settled_->updates;
+  updates.erase(std::remove_if(updates.begin(), updates.end(),
+                               [id](const RequestUpdate& update) { return update.id == id; }),
+                updates.end());
+  if (updates.empty()) settled_.reset();
+}
 
 // Pages of nobody's, to write rows to and read contexts from.
 class Engine::ProfilePages {
@@ -64,21 +120,53 @@ class Engine::ProfilePages {
   PagePool& pool_;
 };
 
+double Engine::median_ms(int rows, int num_seqs, int context, bool with_logits, int repeats,
+                         const std::vector<int32_t>& pages) {
+  std::vector<double> times;
+  for (int i = 0; i < repeats; ++i) {
+    times.push_back(runner_.time_forward(rows, num_seqs, context, with_logits, pages));
+  }
+  std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
+  return times[repeats / 2];
+}
+
+double Engine::time_forward(int rows, int num_seqs, int context, int repeats) {
+  core_.check_idle("time_forward");
+  const EngineConfig& c = config();
+  OPTIMUS_CHECK(rows >= 1 && rows <= c.max_num_batched_rows && num_seqs >= 1 &&
+                    num_seqs <= std::min(rows, c.max_num_seqs) && repeats >= 1,
+                "[time_forward] rows must be in 1..", c.max_num_batched_rows,
+                ", num_seqs in 1..min(rows, ", c.max_num_seqs, "), repeats positive, got ", rows,
+                ", ", num_seqs, ", ", repeats);
+  const int64_t needed = int64_t(c.pages_for(context)) * num_seqs;
+  OPTIMUS_CHECK(context >= 1 && context <= c.max_model_len && needed <= c.num_pages,
+                "[time_forward] context must be in 1..", c.max_model_len, " and ", num_seqs,
+                " times its pages in the kv cache of ", c.num_pages, ", got ", context);
+  ProfilePages pages(core_.scheduler(),
+                     std::min(c.num_pages, std::max(static_cast<int>(needed), c.pages_for(rows))));
+  return median_ms(rows, num_seqs, context, /*with_logits=*/true, repeats, pages.ids);
+}
+
+double Engine::time_gemms(int rows, int repeats) {
+  core_.check_idle("time_gemms");
+  OPTIMUS_CHECK(rows >= 1 && rows <= config().max_num_batched_rows && repeats >= 1,
+                "[time_gemms] rows must be in 1..", config().max_num_batched_rows,
+                ", repeats positive, got ", rows, " and ", repeats);
+  return runner_.time_gemms(rows, repeats);
+}
+
 LatencyProfile Engine::profile(int repeats) {
   core_.check_idle("profile");
   OPTIMUS_CHECK(repeats >= 1, "[profile] repeats must be at least 1, got ", repeats);
   const EngineConfig& c = config();
-  const int most = std::min(c.num_pages, core_.scheduler().pages_for(c.max_model_len));
-  ProfilePages pages(core_.scheduler(), most);
-  const int capacity = most * c.page_size;
+  const int of_seq = std::min(c.num_pages, c.pages_for(c.max_model_len));
+  const int capacity = of_seq * c.page_size;
+  const int num_pages =
+      static_cast<int>(std::min<int64_t>(c.num_pages, int64_t(of_seq) * c.max_num_seqs));
+  ProfilePages pages(core_.scheduler(), num_pages);
 
   const auto median = [&](int rows, int num_seqs, int context, bool with_logits) {
-    std::vector<double> times;
-    for (int i = 0; i < repeats; ++i) {
-      times.push_back(runner_.time_forward(rows, num_seqs, context, with_logits, pages.ids));
-    }
-    std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
-    return times[repeats / 2];
+    return median_ms(rows, num_seqs, context, with_logits, repeats, pages.ids);
   };
   const auto seqs_of = [&](int rows) {
     return std::clamp(rows / std::max(1, c.grid() / 4), 1, c.max_num_seqs);
@@ -87,9 +175,15 @@ LatencyProfile Engine::profile(int repeats) {
   median(std::min(8, c.max_num_batched_rows), 1, short_context, true);  // warm-up
 
   LatencyProfile profile;
+  profile.is_padded = runner_.device() == Device::cuda;
   for (int rows : profile_rows()) {
     profile.decode.push_back({rows, median(rows, seqs_of(rows), short_context, true)});
     profile.prefill.push_back({rows, median(rows, 1, short_context, false)});
+  }
+  if (profile.is_padded) {
+    for (auto* points : {&profile.decode, &profile.prefill}) {
+      interpolate_from(*points, runner_.padded_rows().back());
+    }
   }
   // What reading keys adds: as many sequences as there can be, longer and longer.
   const int rows = std::min(c.max_num_batched_rows, 4 * c.max_num_seqs);
@@ -97,6 +191,9 @@ LatencyProfile Engine::profile(int repeats) {
   const double base_ms = median(rows, num_seqs, short_context, true);
   double least = 0;
   for (int context = 4 * short_context; context <= capacity; context *= 4) {
+    // Sequences that share pages would read them from a cache.
+    const bool fits = int64_t(context + c.page_size - 1) / c.page_size * num_seqs <= num_pages;
+    if (!fits && !profile.kv.empty()) break;
     const double extra = median(rows, num_seqs, context, true) - base_ms;
     least = std::max(least, extra);  // more keys never take less time; what says so is noise
     profile.kv.push_back({int64_t(context) * num_seqs, least});
@@ -105,11 +202,12 @@ LatencyProfile Engine::profile(int repeats) {
   return profile;
 }
 
-// Powers of two and the middles between them.
+// What steps are padded to; beyond that and on the CPU, powers of two and the middles between them.
 std::vector<int> Engine::profile_rows() const {
   const int most = config().max_num_batched_rows;
-  std::vector<int> sizes;
-  for (int rows = 1; rows < most; rows *= 2) {
+  std::vector<int> sizes = runner_.padded_rows();
+  if (!sizes.empty() && sizes.back() == most) return sizes;
+  for (int rows = sizes.empty() ? 1 : 2 * sizes.back(); rows < most; rows *= 2) {
     sizes.push_back(rows);
     const int between = rows + rows / 2;
     if (rows >= 4 && between < most) sizes.push_back(between);

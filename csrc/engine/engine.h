@@ -1,7 +1,12 @@
 // The engine: requests in, tokens out. step() = plan, run, update.
+//
+// On CUDA the device works while the caller deals with a step's output: step() returns with the next
+// step started. What is added then waits for the step after it; what ends a request waits for the
+// started step first, whose output the next step() returns.
 #pragma once
 
 #include <memory>
+#include <optional>
 
 #include "engine/engine_core.h"
 #include "engine/runner.h"
@@ -19,16 +24,22 @@ class Engine {
   // Queues a request. Throws std::invalid_argument, and changes nothing, when it can never run.
   uint64_t add_request(std::vector<int32_t> prompt, SamplingParams params);
   StepOutput step();
-  bool has_unfinished() const { return core_.has_unfinished(); }
+  // Whether there is something left to step() for.
+  bool has_unfinished() const { return core_.has_unfinished() || settled_.has_value(); }
   const Request& request(uint64_t id) const { return core_.request(id); }
   // Ends a request after `num_tokens` output tokens: the caller found a stop string there.
   void stop_request(uint64_t id, int num_tokens);
   void abort(uint64_t id);
   // Forgets a finished request.
-  void release(uint64_t id) { core_.release(id); }
+  void release(uint64_t id);
 
   // Measures forwards over row counts and contexts and installs the curves. Only while idle.
   LatencyProfile profile(int repeats);
+  // Median milliseconds of a step of `rows` mask rows in `num_seqs` sequences that read `context`
+  // positions each. Only while idle.
+  double time_forward(int rows, int num_seqs, int context, int repeats);
+  // The matrix products alone of a step of `rows` rows. Only while idle.
+  double time_gemms(int rows, int repeats);
   void set_profile(LatencyProfile profile);
   // Rows of one sequence over the given pages; fp32 logits [rows, vocab_size]. Only while idle.
   std::vector<float> forward(const std::vector<int32_t>& token_ids,
@@ -42,11 +53,18 @@ class Engine {
 
  private:
   class ProfilePages;
+  bool start_step();  // false: nothing to do
+  StepOutput finish_step();
+  void settle();
   std::vector<int> profile_rows() const;
+  double median_ms(int rows, int num_seqs, int context, bool with_logits, int repeats,
+                   const std::vector<int32_t>& pages);
 
   std::shared_ptr<const Model> model_;
+  Runner runner_;  // before core_: it knows how many pages there are
   EngineCore core_;
-  Runner runner_;
+  bool is_started_ = false;            // a step is on the device
+  std::optional<StepOutput> settled_;  // of a step that was waited for outside of step()
 };
 
 }  // namespace optimus

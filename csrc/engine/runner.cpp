@@ -2,21 +2,135 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 
 #include "core/check.h"
 
 namespace optimus {
+namespace {
 
-Runner::Runner(const Model& model, const EngineConfig& config, int max_pages_per_seq)
+constexpr int kMostPaddedRows = 1024;  // beyond, launches hide behind the kernels
+
+double now_ms() {
+  return std::chrono::duration<double, std::milli>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+// Dense where steps are short and rows cost little, and as fine as GEMM tiles where they cost.
+std::vector<int> choose_padded_rows(int max_rows) {
+  const int most = std::min(max_rows, kMostPaddedRows);
+  std::vector<int> sizes;
+  for (int rows = 1; rows < most; rows += rows < 8     ? rows
+                                          : rows < 32  ? 8
+                                          : rows < 256 ? 16
+                                          : rows < 512 ? 64
+                                                       : 128) {
+    sizes.push_back(rows);
+  }
+  sizes.push_back(most);
+  return sizes;
+}
+
+// What kernels take on CUDA.
+void validate_for_cuda(const EngineConfig& config) {
+  constexpr int kMostSeqs = 1024;
+  const int page_size = config.page_size;
+  OPTIMUS_CHECK(page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128,
+                "[engine] on CUDA page_size must be 16, 32, 64 or 128, got ", page_size);
+  OPTIMUS_CHECK(config.max_num_seqs <= kMostSeqs, "[engine] on CUDA max_num_seqs must be at most ",
+                kMostSeqs, ", got ", config.max_num_seqs);
+  OPTIMUS_CHECK(config.gpu_memory_utilization > 0 && config.gpu_memory_utilization <= 1,
+                "[engine] gpu_memory_utilization must be in (0, 1], got ",
+                config.gpu_memory_utilization);
+}
+
+// Everything else is allocated.
+int choose_num_pages(const EngineConfig& config, const Model& model) {
+  if (config.num_pages > 0) return config.num_pages;
+  OPTIMUS_CHECK(model.device() == Device::cuda, "[engine] num_pages must be at least 1, got 0");
+  const DeviceMemoryInfo memory = cuda_memory();
+  const size_t page_bytes = KvCache::page_bytes(model.config(), config.page_size);
+  const double kept_free = (1 - config.gpu_memory_utilization) * static_cast<double>(memory.total);
+  const double room = static_cast<double>(memory.free) - kept_free;
+  const int needed = config.pages_for(config.max_model_len);
+  const double num_pages = std::min(room / static_cast<double>(page_bytes), double(1 << 24));
+  OPTIMUS_CHECK(num_pages >= needed, "[engine] the GPU has ", memory.free, " of ", memory.total,
+                " bytes free; with gpu_memory_utilization ", config.gpu_memory_utilization,
+                " that is not enough for the ", needed, " pages of ", page_bytes,
+                " bytes that one request of max_model_len ", config.max_model_len, " needs");
+  return static_cast<int>(num_pages);
+}
+
+}  // namespace
+
+Runner::Runner(const Model& model, const EngineConfig& config)
     : model_(model),
       config_(config),
-      threads_(config.num_threads),
-      execution_{Device::cpu, &threads_, nullptr},
-      kv_cache_(model.config(), config.num_pages, config.page_size),
-      activations_(model.config(), config.max_num_batched_rows),
-      buffers_(config, max_pages_per_seq) {}
+      threads_(model.device() == Device::cpu ? config.num_threads : 1),
+      stream_(model.device()),
+      timer_(model.device()),
+      execution_{model.device(), &threads_, stream_.handle()},
+      activations_(model.config(), config.max_num_batched_rows, config.max_num_seqs,
+                   model.device()),
+      buffers_(config, config.pages_for(config.max_model_len), model.device()),
+      unmask_workspace_(
+          model.device() == Device::cpu
+              ? 0
+              : unmask_workspace_bytes(config.max_num_batched_rows, model.config().vocab_size),
+          model.device()),
+      kv_cache_(model.config(), choose_num_pages(config, model), config.page_size, model.device()) {
+  config_.num_pages = kv_cache_.num_pages;
+  if (device() == Device::cpu) return;
+  validate_for_cuda(config);
+  padded_rows_ = choose_padded_rows(config.max_num_batched_rows);
+  buffers_.upload(stream_);
+  capture_graphs();
+}
 
-void Runner::forward_rows(int num_rows, int num_seqs, int num_logit_rows) {
+Runner::~Runner() {
+  try {
+    stream_.synchronize();
+  } catch (const std::exception&) {  // whoever waited for the step has had the error
+  }
+}
+
+void Runner::capture_graphs() {
+  for (int rows : padded_rows_) model_.plan(rows, activations_, execution_);
+  if (!config_.cuda_graphs) return;
+  for (int rows : padded_rows_) {
+    const Shape shape = shape_of(rows, 1, rows);
+    // Once without: kernels are loaded when they are first launched, which cannot be captured.
+    forward_rows(shape);
+    stream_.synchronize();
+    const size_t free_before = cuda_memory().free;
+    const double start_ms = now_ms();
+    graphs_.emplace_back(stream_, [&] { forward_rows(shape); });
+    const double capture_ms = now_ms() - start_ms;
+    const size_t free_after = cuda_memory().free;
+    captured_.push_back({rows, capture_ms, free_before - std::min(free_before, free_after)});
+  }
+  // The first launch uploads a graph.
+  for (Graph& graph : graphs_) graph.launch(stream_);
+  stream_.synchronize();
+}
+
+size_t Runner::graph_bytes() const {
+  size_t total = 0;
+  for (const CapturedGraph& graph : captured_) total += graph.bytes;
+  return total;
+}
+
+Runner::Shape Runner::shape_of(int rows, int seqs, int logit_rows) const {
+  const auto padded =
+      std::lower_bound(padded_rows_.begin(), padded_rows_.end(), std::max(rows, seqs));
+  if (padded == padded_rows_.end() || logit_rows == 0) return {rows, seqs, logit_rows, -1};
+  return {*padded, std::min(*padded, config_.max_num_seqs), *padded,
+          static_cast<int>(padded - padded_rows_.begin())};
+}
+
+// With logits rows: to the commits.
+void Runner::forward_rows(const Shape& shape) {
   const StepRows& rows = buffers_.rows();
   ForwardBatch batch{rows.token_ids,
                      rows.positions,
@@ -25,18 +139,50 @@ void Runner::forward_rows(int num_rows, int num_seqs, int num_logit_rows) {
                      rows.cu_seqlens_q,
                      rows.page_table,
                      rows.logit_rows,
-                     num_rows,
-                     num_seqs,
-                     num_logit_rows,
+                     shape.rows,
+                     shape.seqs,
+                     shape.logit_rows,
                      buffers_.state().page_table_stride};
   model_.forward(batch, kv_cache_, activations_, execution_);
+  if (shape.logit_rows == 0) return;
+  UnmaskParams params =
+      buffers_.unmask_params(activations_.logits.data(), model_.config(), shape.logit_rows);
+  params.workspace = unmask_workspace_.data();
+  params.workspace_bytes = unmask_workspace_.size();
+  unmask(params, execution_);
 }
 
-StepResult Runner::run(const StepPlan& plan) {
-  const ModelConfig& model = model_.config();
-  build_rows(buffers_.write_plan(plan, model.mask_token_id), execution_);
-  forward_rows(buffers_.num_rows(), static_cast<int>(plan.seqs.size()), buffers_.num_logit_rows());
-  unmask(buffers_.unmask_params(activations_.logits.data(), model), execution_);
+void Runner::launch(const Shape& shape) {
+  if (shape.graph >= 0 && !graphs_.empty()) {
+    graphs_[shape.graph].launch(stream_);
+  } else {
+    forward_rows(shape);
+  }
+}
+
+void Runner::start(const StepPlan& plan) {
+  buffers_.write_plan(plan);
+  timer_.start(stream_);
+  buffers_.upload(stream_);
+  if (buffers_.num_openings() > 0) open_windows(buffers_.open_windows_params(), execution_);
+  const Shape shape = shape_of(buffers_.planned_rows(), static_cast<int>(plan.seqs.size()),
+                               buffers_.planned_logit_rows());
+  const bool padded = shape.graph >= 0;
+  build_rows(buffers_.build_rows_params(model_.config().mask_token_id, padded ? shape.rows : 0,
+                                        padded ? shape.seqs : 0),
+             execution_);
+  launch(shape);
+  buffers_.download(stream_);
+  timer_.stop(stream_);
+}
+
+StepResult Runner::finish() {
+  stream_.synchronize();
+  OPTIMUS_INVARIANT(buffers_.num_rows() == buffers_.planned_rows() &&
+                        buffers_.num_logit_rows() == buffers_.planned_logit_rows(),
+                    "a step of ", buffers_.num_rows(), " rows, ", buffers_.num_logit_rows(),
+                    " of them with logits, was planned with ", buffers_.planned_rows(), " and ",
+                    buffers_.planned_logit_rows());
   return buffers_.result();
 }
 
@@ -45,7 +191,6 @@ std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
                                    const std::vector<int32_t>& kv_limits,
                                    const std::vector<int32_t>& page_ids) {
   const int rows = static_cast<int>(token_ids.size()), page_size = config_.page_size;
-  const StepRows& step = buffers_.rows();
   const int capacity = static_cast<int>(page_ids.size()) * page_size;
   OPTIMUS_CHECK(rows > 0 && rows <= config_.max_num_batched_rows,
                 "[forward] rows must be between 1 and max_num_batched_rows ",
@@ -60,6 +205,7 @@ std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
     OPTIMUS_CHECK(page >= 0 && page < config_.num_pages, "[forward] page ids must be below ",
                   config_.num_pages, ", got ", page);
   }
+  HostRows step;
   for (int i = 0; i < rows; ++i) {
     OPTIMUS_CHECK(token_ids[i] >= 0 && token_ids[i] < model_.config().vocab_size,
                   "[forward] token ids must be below vocab_size ", model_.config().vocab_size,
@@ -68,47 +214,95 @@ std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
                       kv_limits[i] <= capacity,
                   "[forward] positions and kv_limits must lie in ", page_ids.size(), " pages of ",
                   page_size, ", got position ", positions[i], " and kv_limit ", kv_limits[i]);
-    step.token_ids[i] = token_ids[i];
-    step.positions[i] = positions[i];
-    step.kv_limits[i] = kv_limits[i];
-    step.kv_slots[i] = page_ids[positions[i] / page_size] * page_size + positions[i] % page_size;
-    step.logit_rows[i] = i;
+    step.kv_slots.push_back(page_ids[positions[i] / page_size] * page_size +
+                            positions[i] % page_size);
+    step.logit_rows.push_back(i);
   }
-  step.cu_seqlens_q[0] = 0;
-  step.cu_seqlens_q[1] = rows;
-  std::copy(page_ids.begin(), page_ids.end(), step.page_table);
-  forward_rows(rows, 1, rows);
+  step.token_ids = token_ids;
+  step.positions = positions;
+  step.kv_limits = kv_limits;
+  step.cu_seqlens_q = {0, rows};
+  step.page_table = page_ids;
+  buffers_.write_rows(step);
+  forward_rows({rows, 1, rows, -1});
+  stream_.synchronize();
 
-  std::vector<float> logits(size_t(rows) * model_.config().vocab_size);
+  const size_t count = size_t(rows) * model_.config().vocab_size;
+  std::vector<float> logits(count);
   dispatch_dtype(model_.config().dtype, [&](auto element) {
-    const auto* source = reinterpret_cast<const decltype(element)*>(activations_.logits.data());
-    for (size_t i = 0; i < logits.size(); ++i) logits[i] = to_float(source[i]);
+    std::vector<decltype(element)> raw(count);
+    copy_memory(raw.data(), activations_.logits.data(), count * sizeof(element), device());
+    for (size_t i = 0; i < count; ++i) logits[i] = to_float(raw[i]);
   });
   return logits;
 }
 
 double Runner::time_forward(int num_rows, int num_seqs, int context, bool with_logits,
                             const std::vector<int32_t>& page_ids) {
-  const int page_size = config_.page_size;
-  const int capacity = static_cast<int>(page_ids.size()) * page_size;
-  const StepRows& step = buffers_.rows();
-  for (int i = 0; i < num_rows; ++i) {
-    step.token_ids[i] = (i * 7919) % model_.config().vocab_size;
-    step.positions[i] = i % capacity;
-    step.kv_limits[i] = context;
-    step.kv_slots[i] = page_ids[(i % capacity) / page_size] * page_size + i % page_size;
-    step.logit_rows[i] = i;
-  }
+  const int page_size = config_.page_size, stride = buffers_.state().page_table_stride;
+  const int most_rows = (num_rows + num_seqs - 1) / num_seqs;  // of a sequence
+  const int num_pages = std::min<int>(
+      {(std::max(context, most_rows) + page_size - 1) / page_size, stride, int(page_ids.size())});
+  const Shape shape = shape_of(num_rows, num_seqs, with_logits ? num_rows : 0);
+  HostRows step;
+  const auto add_row = [&step](int token, int position, int kv_limit, int kv_slot, int logit_row) {
+    step.token_ids.push_back(token);
+    step.positions.push_back(position);
+    step.kv_limits.push_back(kv_limit);
+    step.kv_slots.push_back(kv_slot);
+    step.logit_rows.push_back(logit_row);
+  };
   for (int s = 0; s < num_seqs; ++s) {
-    step.cu_seqlens_q[s] = static_cast<int32_t>(int64_t(num_rows) * s / num_seqs);
-    std::copy(page_ids.begin(), page_ids.end(),
-              step.page_table + size_t(s) * buffers_.state().page_table_stride);
+    const auto page_of = [&](int i) {
+      return page_ids[(size_t(s) * num_pages + i) % page_ids.size()];
+    };
+    const int begin = static_cast<int>(int64_t(num_rows) * s / num_seqs);
+    const int end = static_cast<int>(int64_t(num_rows) * (s + 1) / num_seqs);
+    step.cu_seqlens_q.push_back(begin);
+    for (int i = begin; i < end; ++i) {
+      const int position =
+          (std::max(0, context - (end - begin)) + i - begin) % (num_pages * page_size);
+      add_row((i * 7919) % model_.config().vocab_size, position, context,
+              page_of(position / page_size) * page_size + position % page_size, i);
+    }
+    for (int i = 0; i < stride; ++i) step.page_table.push_back(i < num_pages ? page_of(i) : 0);
   }
-  step.cu_seqlens_q[num_seqs] = num_rows;
-  auto start = std::chrono::steady_clock::now();
-  forward_rows(num_rows, num_seqs, with_logits ? num_rows : 0);
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
-      .count();
+  for (int i = num_rows; i < shape.rows; ++i) add_row(0, 0, 1, -1, 0);
+  for (int s = num_seqs; s <= shape.seqs; ++s) step.cu_seqlens_q.push_back(num_rows);
+  if (with_logits) {
+    // The rows of a slot as unmask expects them: no more than its block.
+    const int of_slot = std::min(most_rows, config_.grid());
+    const int count =
+        static_cast<int>(std::min<int64_t>(num_rows, int64_t(of_slot) * config_.max_num_seqs));
+    for (int i = 0; i < count; ++i) {
+      step.logit_slots.push_back(i / of_slot);
+      step.logit_offsets.push_back(i % of_slot);
+    }
+  }
+  buffers_.write_rows(step);
+  timer_.start(stream_);
+  launch(shape);
+  timer_.stop(stream_);
+  stream_.synchronize();
+  return timer_.ms();
+}
+
+double Runner::time_gemms(int rows, int repeats) {
+  const auto run = [&] { model_.run_gemms(rows, activations_, execution_); };
+  run();
+  stream_.synchronize();
+  std::optional<Graph> graph;
+  if (device() == Device::cuda) graph.emplace(stream_, run);
+  std::vector<double> times;
+  for (int i = 0; i < repeats; ++i) {
+    timer_.start(stream_);
+    graph ? graph->launch(stream_) : run();
+    timer_.stop(stream_);
+    stream_.synchronize();
+    times.push_back(timer_.ms());
+  }
+  std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
+  return times[repeats / 2];
 }
 
 }  // namespace optimus

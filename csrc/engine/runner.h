@@ -1,4 +1,10 @@
-// Runs a planned step: owns the KV memory and every buffer of a step, all allocated once. The only part of the engine that calls kernels.
+// Runs a planned step: owns the KV memory and every buffer of a step, all allocated once. The only
+// part of the engine that calls kernels.
+//
+// On CUDA a step is: one copy of the plan to the device, build_rows, one graph (forward and unmask),
+// one copy of the results back. A graph is captured at start-up for each of a few numbers of rows; a
+// step takes the next larger one, with padding behind its rows. Steps without logits rows (prompts
+// alone) or with more rows than any graph are launched kernel by kernel, without padding.
 #pragma once
 
 #include <vector>
@@ -10,35 +16,75 @@ namespace optimus {
 
 class Runner {
  public:
-  Runner(const Model& model, const EngineConfig& config, int max_pages_per_seq);
+  // What one captured graph took.
+  struct CapturedGraph {
+    int rows;
+    double capture_ms;
+    size_t bytes;
+  };
 
-  StepResult run(const StepPlan& plan);
+  // Runs where the model lies. The config's num_pages may be 0 on CUDA: see config().
+  Runner(const Model& model, const EngineConfig& config);
+
+  // With the number of pages that there are.
+  const EngineConfig& config() const { return config_; }
+
+  ~Runner();
+
+  // Hands a step to the device; on the CPU it is done on return. One step at a time.
+  void start(const StepPlan& plan);
+  // Waits for the step that was started.
+  StepResult finish();
+  // What the device took for the last finished step.
+  double step_ms() const { return timer_.ms(); }
 
   // Rows of one sequence over the given pages; returns fp32 logits [rows, vocab_size].
   std::vector<float> forward(const std::vector<int32_t>& token_ids,
                              const std::vector<int32_t>& positions,
                              const std::vector<int32_t>& kv_limits,
                              const std::vector<int32_t>& page_ids);
-  // Milliseconds of one forward of `num_rows` rows in `num_seqs` sequences (as even as it goes) that
-  // write all over the given pages and read their first `context` positions. `with_logits`: every
-  // row is a mask row; none otherwise.
+  // Milliseconds of one step's forward and unmask: `num_rows` rows in `num_seqs` sequences (as even
+  // as it goes) that read `context` positions each, in pages of their own as far as those reach.
+  // `with_logits`: every row is a mask row; none otherwise.
   double time_forward(int num_rows, int num_seqs, int context, bool with_logits,
                       const std::vector<int32_t>& page_ids);
 
+  // The matrix products alone of a step padded to `rows` rows; on CUDA in one graph.
+  double time_gemms(int rows, int repeats);
+
+  Device device() const { return model_.device(); }
+  // Rows that steps are padded to, ascending; empty on the CPU.
+  const std::vector<int>& padded_rows() const { return padded_rows_; }
+  const std::vector<CapturedGraph>& captured_graphs() const { return captured_; }
   size_t kv_cache_bytes() const { return kv_cache_.bytes(); }
   size_t activation_bytes() const { return activations_.bytes(); }
-  size_t state_bytes() const { return buffers_.bytes(); }
+  size_t state_bytes() const { return buffers_.bytes() + unmask_workspace_.bytes(); }
+  size_t graph_bytes() const;
 
  private:
-  void forward_rows(int num_rows, int num_seqs, int num_logit_rows);
+  // Sizes a step is run at, with padding; `graph` is an index of padded_rows_, -1 = exact sizes.
+  struct Shape {
+    int rows, seqs, logit_rows;
+    int graph;
+  };
+  Shape shape_of(int rows, int seqs, int logit_rows) const;
+  void forward_rows(const Shape& shape);
+  void launch(const Shape& shape);  // forward and unmask, by graph where there is one
+  void capture_graphs();
 
   const Model& model_;
   EngineConfig config_;
   ThreadPool threads_;
+  Stream stream_;
+  StreamTimer timer_;
   Execution execution_;
-  KvCache kv_cache_;
   Activations activations_;
   DecodeBuffers buffers_;
+  Buffer<char> unmask_workspace_;  // CUDA only
+  KvCache kv_cache_;
+  std::vector<int> padded_rows_;
+  std::vector<Graph> graphs_;  // of padded_rows_; empty when launched kernel by kernel
+  std::vector<CapturedGraph> captured_;
 };
 
 }  // namespace optimus

@@ -103,11 +103,6 @@ Scheduler::Scheduler(const EngineConfig& config)
   }
 }
 
-int Scheduler::pages_for(int num_tokens) const {
-  int grid = config_.grid();
-  return divide_up(divide_up(num_tokens, grid) * grid, config_.page_size);
-}
-
 void Scheduler::add(Request* request) {
   request->block_start = config_.decode_mode == DecodeMode::ar
                              ? request->prompt_len()

@@ -36,7 +36,7 @@ class Scheduler {
   // Decode rows of a request in a step, exactly.
   int decode_rows(const Request& request, int chunk_length, bool refresh) const;
   // Pages a request of this many tokens needs at its longest.
-  int pages_for(int num_tokens) const;
+  int pages_for(int num_tokens) const { return config_.pages_for(num_tokens); }
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
   int num_running() const { return static_cast<int>(running_.size()); }
   // What the last plan came to.

@@ -131,9 +131,11 @@ bool Simulator::step() {
   }
   const StepPlan& plan = core_.plan(now_s_);
   OPTIMUS_INVARIANT(!plan.seqs.empty(), "an empty plan with requests left");
-  cpu::build_rows(buffers_.write_plan(plan, kMaskTokenId), threads_);
+  buffers_.write_plan(plan);
+  cpu::open_windows(buffers_.open_windows_params(), threads_);
+  cpu::build_rows(buffers_.build_rows_params(kMaskTokenId), threads_);
   fill_confidences(plan);
-  cpu::commit_candidates(buffers_.unmask_params(nullptr, ModelConfig{}));
+  cpu::commit_candidates(buffers_.unmask_params(nullptr, ModelConfig{}, buffers_.num_logit_rows()));
   const StepResult result = buffers_.result();
   const double ms = step_ms(plan, result);
   now_s_ += (ms + config_.host_ms) * 1e-3;

@@ -34,6 +34,7 @@ OPTIMUS_DISPATCH(qk_norm_rope_kv_write, QkNormRopeKvWriteParams)
 OPTIMUS_DISPATCH(block_attention, BlockAttentionParams)
 OPTIMUS_DISPATCH(block_attention_schedule, BlockAttentionParams)
 OPTIMUS_DISPATCH(kv_copy, KvCopyParams)
+OPTIMUS_DISPATCH(open_windows, OpenWindowsParams)
 OPTIMUS_DISPATCH(build_rows, BuildRowsParams)
 OPTIMUS_DISPATCH(unmask, UnmaskParams)
 
@@ -45,6 +46,17 @@ size_t block_attention_workspace_bytes(const BlockAttentionParams& params,
   OPTIMUS_CHECK(execution.device == Device::cpu,
                 "[block_attention] this build has no CUDA backend, got num_seqs ", params.num_seqs);
   return 0;
+}
+
+void plan_gemm(const GemmParams& params, const Execution& execution) {
+#if defined(OPTIMUS_WITH_CUDA)
+  if (execution.device == Device::cuda) {
+    cuda::plan_gemm(params, /*measure=*/true, static_cast<cudaStream_t>(execution.stream));
+  }
+#else
+  static_cast<void>(params);
+  static_cast<void>(execution);
+#endif
 }
 
 size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size) {

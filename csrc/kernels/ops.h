@@ -75,6 +75,9 @@ struct GemmParams {
 };
 constexpr size_t kGemmWorkspaceBytes = size_t(32) << 20;
 void gemm(const GemmParams&, const Execution&);
+// Before serving: measures the ways to compute this shape on the given buffers, which it overwrites,
+// and keeps the fastest for later calls. Does nothing on the CPU.
+void plan_gemm(const GemmParams&, const Execution&);
 size_t packed_gemm_weight_size(int n, int k);  // elements
 // weight [n, k] (row-major) -> packed; CPU only, done once at load.
 void pack_gemm_weight(const void* weight, void* packed, int n, int k, DType dtype);
@@ -206,6 +209,20 @@ struct StepRows {
   int32_t* logit_offsets;  // [max_rows] position the logits row predicts, minus block_start
   int32_t* counts;         // [2] rows, logits rows
 };
+
+// Starts the decode windows of slots: of the current block (ar: of the position before block_start)
+// the first num_fresh tokens are known and fresh, the rest is masked and absent; the previous block
+// is cached. The other fields of the state are the host's to write.
+struct OpenWindowsParams {
+  DecodeState state;
+  const int32_t* slots;         // [num_openings] distinct
+  const int32_t* block_starts;  // [num_openings]
+  const int32_t* num_fresh;     // [num_openings] 0..B
+  const int32_t* tokens;        // [num_openings, B], of which num_fresh are read
+  int num_openings;
+  RowMode mode;
+};
+void open_windows(const OpenWindowsParams&, const Execution&);
 
 // Expands the host's plan into rows, from the device-resident state. Writes StepRows and moves
 // statuses: a fed fresh position becomes cached (in block mode those of the current block stay

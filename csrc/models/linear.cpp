@@ -1,25 +1,30 @@
 #include "models/linear.h"
 
-#include <cstring>
+#include <utility>
 
 #include "core/check.h"
 
 namespace optimus {
 
-Linear::Linear(int n, int k, DType dtype)
+Linear::Linear(int n, int k, DType dtype, Device device)
     : n_(n),
       k_(k),
       dtype_(dtype),
-      row_major_(dtype == DType::bfloat16 && bf16_gemm_available()),
-      staging_(size_t(n) * k * dtype_size(dtype)) {}
+      device_(device),
+      row_major_(device == Device::cuda || (dtype == DType::bfloat16 && bf16_gemm_available())) {
+  Buffer<char>& loaded = device == Device::cuda ? weight_ : staging_;
+  loaded = Buffer<char>(size_t(n) * k * dtype_size(dtype), device);
+}
 
 void Linear::load_rows(int row_begin, int num_rows, const void* data) {
-  OPTIMUS_INVARIANT(staging_.size() > 0, "[linear] weights were loaded already");
-  size_t row_bytes = size_t(k_) * dtype_size(dtype_);
-  std::memcpy(staging_.data() + row_begin * row_bytes, data, num_rows * row_bytes);
+  Buffer<char>& loaded = device_ == Device::cuda ? weight_ : staging_;
+  OPTIMUS_INVARIANT(loaded.size() > 0, "[linear] weights were loaded already");
+  const size_t row_bytes = size_t(k_) * dtype_size(dtype_);
+  loaded.copy_in(row_begin * row_bytes, static_cast<const char*>(data), num_rows * row_bytes);
 }
 
 void Linear::finish_loading() {
+  if (device_ == Device::cuda) return;
   if (row_major_) {
     weight_ = std::move(staging_);
   } else {
@@ -29,12 +34,22 @@ void Linear::finish_loading() {
   staging_ = Buffer<char>();
 }
 
-void Linear::run(const void* x, void* out, int rows, const Execution& execution) const {
-  if (row_major_) {
+GemmParams Linear::gemm_params(const void* x, void* out, int rows, Buffer<char>& workspace) const {
+  return {x, weight_.data(), out, rows, n_, k_, dtype_, dtype_, workspace.data(), workspace.size()};
+}
+
+void Linear::run(const void* x, void* out, int rows, Buffer<char>& workspace,
+                 const Execution& execution) const {
+  if (device_ == Device::cpu && row_major_) {
     bf16_gemm(x, weight_.data(), out, rows, n_, k_, *execution.threads);
   } else {
-    gemm({x, weight_.data(), out, rows, n_, k_, dtype_, dtype_}, execution);
+    gemm(gemm_params(x, out, rows, workspace), execution);
   }
+}
+
+void Linear::plan(const void* x, void* out, int rows, Buffer<char>& workspace,
+                  const Execution& execution) const {
+  plan_gemm(gemm_params(x, out, rows, workspace), execution);
 }
 
 }  // namespace optimus

@@ -1,5 +1,6 @@
 // A weight matrix [n, k] in the layout its GEMM wants, and y = x W^T.
 //
+// On CUDA the weight is row-major and goes to the device as it is loaded. On the CPU:
 // fp32 runs our packed GEMM: ATen's result for a row changes with the number of rows in the call
 // (measured: below 8 rows), and a request's tokens must not depend on its batch. bf16 runs ATen's
 // (oneDNN), which uses the machine's bf16 instructions; without torch it falls back to our GEMM.
@@ -16,7 +17,7 @@ namespace optimus {
 class Linear {
  public:
   Linear() = default;
-  Linear(int n, int k, DType dtype);
+  Linear(int n, int k, DType dtype, Device device);
 
   // Copies rows [row_begin, row_begin + num_rows) from `data`, row-major [num_rows, k] in `dtype()`.
   void load_rows(int row_begin, int num_rows, const void* data);
@@ -27,15 +28,22 @@ class Linear {
   const void* weight() const { return weight_.data(); }
   bool is_packed() const { return !row_major_; }
 
-  // x [rows, k] -> out [rows, n].
-  void run(const void* x, void* out, int rows, const Execution& execution) const;
+  // x [rows, k] -> out [rows, n]. `workspace` (CUDA): kGemmWorkspaceBytes.
+  void run(const void* x, void* out, int rows, Buffer<char>& workspace,
+           const Execution& execution) const;
+  // Before serving: chooses how `rows` rows are computed, on the given buffers.
+  void plan(const void* x, void* out, int rows, Buffer<char>& workspace,
+            const Execution& execution) const;
   size_t bytes() const { return staging_.size() + weight_.size(); }
 
  private:
+  GemmParams gemm_params(const void* x, void* out, int rows, Buffer<char>& workspace) const;
+
   int n_ = 0, k_ = 0;
   DType dtype_ = DType::float32;
+  Device device_ = Device::cpu;
   bool row_major_ = false;
-  Buffer<char> staging_;  // [n, k] row-major while loading
+  Buffer<char> staging_;  // [n, k] row-major while loading; CPU only
   Buffer<char> weight_;   // row-major or packed
 };
 

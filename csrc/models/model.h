@@ -14,7 +14,8 @@ namespace optimus {
 // KV memory of all layers: layer l's K pages start at k(l), [num_pages, num_kv_heads, page_size, head_dim].
 class KvCache {
  public:
-  KvCache(const ModelConfig& config, int num_pages, int page_size);
+  KvCache(const ModelConfig& config, int num_pages, int page_size, Device device = Device::cpu);
+  static size_t page_bytes(const ModelConfig& config, int page_size);  // over all layers
   void* k(int layer) { return data_.data() + (2 * size_t(layer)) * layer_bytes_; }
   void* v(int layer) { return data_.data() + (2 * size_t(layer) + 1) * layer_bytes_; }
   size_t bytes() const { return data_.size(); }
@@ -25,9 +26,10 @@ class KvCache {
   Buffer<char> data_;
 };
 
-// Every intermediate of a forward, allocated once for `max_rows` rows.
+// Every intermediate of a forward, allocated once for `max_rows` rows of `max_seqs` sequences.
 struct Activations {
-  Activations(const ModelConfig& config, int max_rows);
+  Activations(const ModelConfig& config, int max_rows, int max_seqs = 1,
+              Device device = Device::cpu);
   size_t bytes() const;
 
   Buffer<char> residual;   // [max_rows, hidden]
@@ -39,6 +41,8 @@ struct Activations {
   Buffer<char> gate_up;    // [max_rows, 2 * intermediate]
   Buffer<char> activated;  // [max_rows, intermediate]
   Buffer<char> logits;     // [max_rows, vocab_size]
+  // Scratch of the CUDA kernels; empty on the CPU.
+  Buffer<char> attention_workspace, gemm_workspace;
 };
 
 // Rows of a step as the model needs them; the arrays are those of StepRows.
@@ -55,9 +59,11 @@ struct ForwardBatch {
 
 class Model {
  public:
-  explicit Model(const ModelConfig& config);
+  explicit Model(const ModelConfig& config, Device device = Device::cpu);
 
   const ModelConfig& config() const { return config_; }
+  // Where the weights lie, and forward runs.
+  Device device() const { return device_; }
   // Hugging Face tensor names and shapes this model needs.
   const std::map<std::string, std::vector<int64_t>>& expected_tensors() const { return expected_; }
   // Copies one tensor in; `data` is row-major [shape] of `dtype`, converted to the model's.
@@ -70,6 +76,12 @@ class Model {
   // Writes logits [num_logit_rows, vocab_size] to activations.logits and K/V to the cache.
   void forward(const ForwardBatch& batch, KvCache& kv_cache, Activations& activations,
                const Execution& execution) const;
+  // The matrix products of a forward alone, on whatever is in `activations`: what a step's time is
+  // held against.
+  void run_gemms(int rows, Activations& activations, const Execution& execution) const;
+  // Before serving: chooses how the matrix products of `rows` rows are computed. Overwrites
+  // activations.
+  void plan(int rows, Activations& activations, const Execution& execution) const;
 
   int64_t num_parameters() const;
   size_t weight_bytes() const;
@@ -87,10 +99,13 @@ class Model {
   };
 
   void expect(const std::string& name, std::vector<int64_t> shape, Destination destination);
+  BlockAttentionParams attention_params(int layer_idx, const ForwardBatch& batch, KvCache& kv_cache,
+                                        Activations& activations) const;
   void attention(const Layer& layer, int layer_idx, const ForwardBatch& batch, KvCache& kv_cache,
                  Activations& activations, const Execution& execution) const;
 
   ModelConfig config_;
+  Device device_;
   Buffer<char> embedding_;   // [vocab_size, hidden]; empty when tied: rows come from lm_head_
   Buffer<char> final_norm_;  // [hidden]
   Linear lm_head_;

@@ -2,7 +2,7 @@
 // rotary embedding, SwiGLU, no biases. Source: Hugging Face transformers, modeling_qwen3 (layout of
 // names and shapes only).
 #include <cmath>
-#include <cstring>
+#include <utility>
 
 #include "core/check.h"
 #include "models/model.h"
@@ -34,6 +34,26 @@ Buffer<char> convert(const void* data, int64_t count, DType from, DType to) {
   return converted;
 }
 
+// What the CUDA kernels take.
+void validate_for_cuda(const ModelConfig& c) {
+  const std::string problem = cuda_problem();
+  OPTIMUS_CHECK(problem.empty(), "[model] ", problem);
+  OPTIMUS_CHECK(c.dtype == DType::bfloat16, "[model] on CUDA dtype must be bfloat16, got ",
+                dtype_name(c.dtype));
+  OPTIMUS_CHECK(c.head_dim == 64 || c.head_dim == 128,
+                "[model] on CUDA head_dim must be 64 or 128, got ", c.head_dim);
+  OPTIMUS_CHECK(c.num_q_heads / c.num_kv_heads <= 16,
+                "[model] on CUDA at most 16 query heads may share a key/value head, got ",
+                c.num_q_heads, " and ", c.num_kv_heads);
+  constexpr int kColumns = 8;  // 16 bytes of a row
+  for (const auto& [name, size] :
+       {std::pair("vocab_size", c.vocab_size), std::pair("hidden_size", c.hidden_size),
+        std::pair("intermediate_size", c.intermediate_size)}) {
+    OPTIMUS_CHECK(size % kColumns == 0, "[model] on CUDA ", name, " must be a multiple of ",
+                  kColumns, ", got ", size);
+  }
+}
+
 }  // namespace
 
 void validate(const ModelConfig& c) {
@@ -59,39 +79,61 @@ void validate(const ModelConfig& c) {
                 ", got ", c.true_vocab_size);
 }
 
-KvCache::KvCache(const ModelConfig& c, int num_pages_, int page_size_)
+KvCache::KvCache(const ModelConfig& c, int num_pages_, int page_size_, Device device)
     : num_pages(num_pages_),
       page_size(page_size_),
-      layer_bytes_(size_t(num_pages_) * c.num_kv_heads * page_size_ * c.head_dim *
-                   dtype_size(c.dtype)),
-      data_(2 * size_t(c.num_layers) * layer_bytes_) {}
+      layer_bytes_(num_pages_ * page_bytes(c, page_size_) / (2 * size_t(c.num_layers))),
+      data_(2 * size_t(c.num_layers) * layer_bytes_, device) {}
 
-Activations::Activations(const ModelConfig& c, int max_rows) {
-  size_t row = size_t(max_rows) * dtype_size(c.dtype);
-  residual = Buffer<char>(row * c.hidden_size);
-  normed = Buffer<char>(row * c.hidden_size);
-  qkv = Buffer<char>(row * (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim);
-  q = Buffer<char>(row * c.num_q_heads * c.head_dim);
-  attended = Buffer<char>(row * c.num_q_heads * c.head_dim);
-  hidden = Buffer<char>(row * c.hidden_size);
-  gate_up = Buffer<char>(row * 2 * c.intermediate_size);
-  activated = Buffer<char>(row * c.intermediate_size);
-  logits = Buffer<char>(row * c.vocab_size);
+size_t KvCache::page_bytes(const ModelConfig& c, int page_size) {
+  return 2 * size_t(c.num_layers) * c.num_kv_heads * page_size * c.head_dim * dtype_size(c.dtype);
+}
+
+Activations::Activations(const ModelConfig& c, int max_rows, int max_seqs, Device device) {
+  const size_t row = size_t(max_rows) * dtype_size(c.dtype);
+  const auto allocate = [&](Buffer<char>& buffer, size_t bytes) {
+    buffer = Buffer<char>(bytes, device);
+  };
+  allocate(residual, row * c.hidden_size);
+  allocate(normed, row * c.hidden_size);
+  allocate(qkv, row * (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim);
+  allocate(q, row * c.num_q_heads * c.head_dim);
+  allocate(attended, row * c.num_q_heads * c.head_dim);
+  allocate(hidden, row * c.hidden_size);
+  allocate(gate_up, row * 2 * c.intermediate_size);
+  allocate(activated, row * c.intermediate_size);
+  allocate(logits, row * c.vocab_size);
+  if (device == Device::cpu) return;
+  BlockAttentionParams attention{};
+  attention.num_seqs = max_seqs;
+  attention.max_rows = max_rows;
+  attention.num_q_heads = c.num_q_heads;
+  attention.num_kv_heads = c.num_kv_heads;
+  attention.head_dim = c.head_dim;
+  attention.dtype = c.dtype;
+  allocate(attention_workspace,
+           block_attention_workspace_bytes(attention, {device, nullptr, nullptr}));
+  allocate(gemm_workspace, kGemmWorkspaceBytes);
 }
 
 size_t Activations::bytes() const {
-  return residual.size() + normed.size() + qkv.size() + q.size() + attended.size() + hidden.size() +
-         gate_up.size() + activated.size() + logits.size();
+  size_t total = 0;
+  for (const Buffer<char>* buffer : {&residual, &normed, &qkv, &q, &attended, &hidden, &gate_up,
+                                     &activated, &logits, &attention_workspace, &gemm_workspace}) {
+    total += buffer->size();
+  }
+  return total;
 }
 
-Model::Model(const ModelConfig& config) : config_(config) {
+Model::Model(const ModelConfig& config, Device device) : config_(config), device_(device) {
   validate(config_);
+  if (device == Device::cuda) validate_for_cuda(config_);
   const ModelConfig& c = config_;
   const int q_size = c.num_q_heads * c.head_dim, kv_size = c.num_kv_heads * c.head_dim;
-  auto vector_buffer = [&](int64_t n) { return Buffer<char>(n * dtype_size(c.dtype)); };
+  auto vector_buffer = [&](int64_t n) { return Buffer<char>(n * dtype_size(c.dtype), device); };
 
   final_norm_ = vector_buffer(c.hidden_size);
-  lm_head_ = Linear(c.vocab_size, c.hidden_size, c.dtype);
+  lm_head_ = Linear(c.vocab_size, c.hidden_size, c.dtype, device);
   const std::vector<int64_t> table_shape = {c.vocab_size, c.hidden_size};
   if (c.tie_word_embeddings) {
     expect("model.embed_tokens.weight", table_shape, {&lm_head_, 0, nullptr});
@@ -104,10 +146,10 @@ Model::Model(const ModelConfig& config) : config_(config) {
   layers_.resize(c.num_layers);
   for (int i = 0; i < c.num_layers; ++i) {
     Layer& layer = layers_[i];
-    layer.qkv = Linear(q_size + 2 * kv_size, c.hidden_size, c.dtype);
-    layer.o = Linear(c.hidden_size, q_size, c.dtype);
-    layer.gate_up = Linear(2 * c.intermediate_size, c.hidden_size, c.dtype);
-    layer.down = Linear(c.hidden_size, c.intermediate_size, c.dtype);
+    layer.qkv = Linear(q_size + 2 * kv_size, c.hidden_size, c.dtype, device);
+    layer.o = Linear(c.hidden_size, q_size, c.dtype, device);
+    layer.gate_up = Linear(2 * c.intermediate_size, c.hidden_size, c.dtype, device);
+    layer.down = Linear(c.hidden_size, c.intermediate_size, c.dtype, device);
     layer.input_norm = vector_buffer(c.hidden_size);
     layer.post_attention_norm = vector_buffer(c.hidden_size);
     layer.q_norm = vector_buffer(c.head_dim);
@@ -131,10 +173,12 @@ Model::Model(const ModelConfig& config) : config_(config) {
     norm("self_attn.q_norm", c.head_dim, &layer.q_norm);
     norm("self_attn.k_norm", c.head_dim, &layer.k_norm);
   }
-  inv_freq_ = Buffer<float>(c.head_dim / 2);
+  std::vector<float> inv_freq(c.head_dim / 2);
   for (int j = 0; j < c.head_dim / 2; ++j) {
-    inv_freq_[j] = static_cast<float>(std::pow(c.rope_theta, -2.0 * j / c.head_dim));
+    inv_freq[j] = static_cast<float>(std::pow(c.rope_theta, -2.0 * j / c.head_dim));
   }
+  inv_freq_ = Buffer<float>(inv_freq.size(), device);
+  inv_freq_.copy_in(0, inv_freq.data(), inv_freq.size());
 }
 
 void Model::expect(const std::string& name, std::vector<int64_t> shape, Destination destination) {
@@ -158,7 +202,7 @@ void Model::load_tensor(const std::string& name, const std::vector<int64_t>& sha
   if (to.linear != nullptr) {
     to.linear->load_rows(to.row_begin, static_cast<int>(shape[0]), data);
   } else {
-    std::memcpy(to.buffer->data(), data, to.buffer->size());
+    to.buffer->copy_in(0, static_cast<const char*>(data), to.buffer->size());
   }
   seen_[name] = true;
 }
@@ -196,22 +240,43 @@ size_t Model::weight_bytes() const {
   return total;
 }
 
+BlockAttentionParams Model::attention_params(int layer_idx, const ForwardBatch& b, KvCache& kv,
+                                             Activations& a) const {
+  const ModelConfig& c = config_;
+  BlockAttentionParams params{};
+  params.q = a.q.data();
+  params.k_pages = kv.k(layer_idx);
+  params.v_pages = kv.v(layer_idx);
+  params.cu_seqlens_q = b.cu_seqlens_q;
+  params.kv_limits = b.kv_limits;
+  params.page_table = b.page_table;
+  params.out = a.attended.data();
+  params.num_seqs = b.num_seqs;
+  params.num_q_heads = c.num_q_heads;
+  params.num_kv_heads = c.num_kv_heads;
+  params.head_dim = c.head_dim;
+  params.page_size = kv.page_size;
+  params.page_table_stride = b.page_table_stride;
+  params.scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
+  params.dtype = c.dtype;
+  params.workspace = a.attention_workspace.data();
+  params.workspace_bytes = a.attention_workspace.size();
+  params.max_rows = b.num_rows;
+  return params;
+}
+
 // normed -> hidden, through the pages.
 void Model::attention(const Layer& layer, int layer_idx, const ForwardBatch& b, KvCache& kv,
                       Activations& a, const Execution& e) const {
   const ModelConfig& c = config_;
-  layer.qkv.run(a.normed.data(), a.qkv.data(), b.num_rows, e);
+  layer.qkv.run(a.normed.data(), a.qkv.data(), b.num_rows, a.gemm_workspace, e);
   qk_norm_rope_kv_write({a.qkv.data(), layer.q_norm.data(), layer.k_norm.data(), inv_freq_.data(),
                          b.positions, b.kv_slots, a.q.data(), kv.k(layer_idx), kv.v(layer_idx),
                          b.num_rows, c.num_q_heads, c.num_kv_heads, c.head_dim,
                          /*rotary_dim=*/c.head_dim, kv.page_size, c.rms_norm_eps, c.dtype},
                         e);
-  block_attention(
-      {a.q.data(), kv.k(layer_idx), kv.v(layer_idx), b.cu_seqlens_q, b.kv_limits, b.page_table,
-       a.attended.data(), b.num_seqs, c.num_q_heads, c.num_kv_heads, c.head_dim, kv.page_size,
-       b.page_table_stride, 1.0f / std::sqrt(static_cast<float>(c.head_dim)), c.dtype},
-      e);
-  layer.o.run(a.attended.data(), a.hidden.data(), b.num_rows, e);
+  block_attention(attention_params(layer_idx, b, kv, a), e);
+  layer.o.run(a.attended.data(), a.hidden.data(), b.num_rows, a.gemm_workspace, e);
 }
 
 void Model::forward(const ForwardBatch& b, KvCache& kv, Activations& a, const Execution& e) const {
@@ -222,6 +287,7 @@ void Model::forward(const ForwardBatch& b, KvCache& kv, Activations& a, const Ex
              e);
   };
   const bool tied = c.tie_word_embeddings;
+  block_attention_schedule(attention_params(0, b, kv, a), e);
   embedding({tied ? lm_head_.weight() : embedding_.data(), b.token_ids, a.residual.data(),
              b.num_rows, c.hidden_size, c.dtype, tied && lm_head_.is_packed()},
             e);
@@ -230,16 +296,37 @@ void Model::forward(const ForwardBatch& b, KvCache& kv, Activations& a, const Ex
     const Layer& layer = layers_[i];
     attention(layer, i, b, kv, a, e);
     norm(a.hidden.data(), a.residual.data(), layer.post_attention_norm);
-    layer.gate_up.run(a.normed.data(), a.gate_up.data(), b.num_rows, e);
+    layer.gate_up.run(a.normed.data(), a.gate_up.data(), b.num_rows, a.gemm_workspace, e);
     silu_mul({a.gate_up.data(), a.activated.data(), b.num_rows, c.intermediate_size, c.dtype}, e);
-    layer.down.run(a.activated.data(), a.hidden.data(), b.num_rows, e);
+    layer.down.run(a.activated.data(), a.hidden.data(), b.num_rows, a.gemm_workspace, e);
     if (i + 1 < c.num_layers) norm(a.hidden.data(), a.residual.data(), layers_[i + 1].input_norm);
   }
   if (b.num_logit_rows == 0) return;
-  rms_norm({a.hidden.data(), a.residual.data(), b.logit_rows, final_norm_.data(), a.normed.data(),
-            b.num_logit_rows, c.hidden_size, c.rms_norm_eps, c.dtype},
-           e);
-  lm_head_.run(a.normed.data(), a.logits.data(), b.num_logit_rows, e);
+  // Normed first and gathered then: rms_norm gathers distinct rows only, and padding repeats row 0.
+  norm(a.hidden.data(), a.residual.data(), final_norm_);
+  embedding(
+      {a.normed.data(), b.logit_rows, a.hidden.data(), b.num_logit_rows, c.hidden_size, c.dtype},
+      e);
+  lm_head_.run(a.hidden.data(), a.logits.data(), b.num_logit_rows, a.gemm_workspace, e);
+}
+
+void Model::run_gemms(int rows, Activations& a, const Execution& e) const {
+  for (const Layer& layer : layers_) {
+    layer.qkv.run(a.normed.data(), a.qkv.data(), rows, a.gemm_workspace, e);
+    layer.o.run(a.attended.data(), a.hidden.data(), rows, a.gemm_workspace, e);
+    layer.gate_up.run(a.normed.data(), a.gate_up.data(), rows, a.gemm_workspace, e);
+    layer.down.run(a.activated.data(), a.hidden.data(), rows, a.gemm_workspace, e);
+  }
+  lm_head_.run(a.hidden.data(), a.logits.data(), rows, a.gemm_workspace, e);
+}
+
+void Model::plan(int rows, Activations& a, const Execution& e) const {
+  const Layer& layer = layers_[0];
+  layer.qkv.plan(a.normed.data(), a.qkv.data(), rows, a.gemm_workspace, e);
+  layer.o.plan(a.attended.data(), a.hidden.data(), rows, a.gemm_workspace, e);
+  layer.gate_up.plan(a.normed.data(), a.gate_up.data(), rows, a.gemm_workspace, e);
+  layer.down.plan(a.activated.data(), a.hidden.data(), rows, a.gemm_workspace, e);
+  lm_head_.plan(a.hidden.data(), a.logits.data(), rows, a.gemm_workspace, e);
 }
 
 }  // namespace optimus

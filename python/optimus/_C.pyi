@@ -5,6 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+def cuda_problem() -> str:
+    """Why device "cuda" cannot be used here; empty when it can."""
+
+def cuda_device_name() -> str: ...
+def cuda_memory() -> tuple[int, int]:
+    """Free and total bytes of the GPU."""
+
 class ModelConfig:
     vocab_size: int
     hidden_size: int
@@ -25,9 +32,13 @@ class ModelConfig:
 class Model:
     """Weights of a dense Qwen3/SDAR decoder."""
 
-    def __init__(self, config: ModelConfig) -> None: ...
+    def __init__(self, config: ModelConfig, device: str = "cpu") -> None:
+        """device: "cpu" or "cuda" (bfloat16 only), where the weights lie and steps run."""
+
     @property
     def config(self) -> ModelConfig: ...
+    @property
+    def device(self) -> str: ...
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face names and shapes this model needs."""
 
@@ -100,7 +111,9 @@ class EngineConfig:
     max_num_batched_rows: int
     max_model_len: int
     page_size: int
-    num_pages: int
+    num_pages: int  # CUDA: 0 = as many as gpu_memory_utilization leaves room for
+    gpu_memory_utilization: float  # share of the GPU's memory that is in use at most
+    cuda_graphs: bool  # False: CUDA kernels are launched one by one
     enable_prefix_cache: bool
     num_threads: int  # 0 = all cores
     eos_token_ids: list[int]
@@ -265,7 +278,22 @@ class Engine:
     def num_running(self) -> int: ...
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes: weights, kv_cache, activations, state."""
+        """Bytes: weights, kv_cache, activations, state, graphs."""
+
+    @property
+    def padded_rows(self) -> list[int]:
+        """Numbers of rows that CUDA steps are padded to; empty on the CPU."""
+
+    @property
+    def graphs(self) -> list[tuple[int, float, int]]:
+        """Captured CUDA graphs: rows, milliseconds to capture, bytes of GPU memory."""
+
+    def time_forward(self, rows: int, num_seqs: int, context: int, repeats: int = 3) -> float:
+        """Median milliseconds of a step of mask rows in sequences that read `context` positions
+        each, in pages of their own. Only while idle."""
+
+    def time_gemms(self, rows: int, repeats: int = 3) -> float:
+        """Median milliseconds of the matrix products alone of such a step. Only while idle."""
 
 class PagePool:
     def __init__(self, num_pages: int) -> None: ...

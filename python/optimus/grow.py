@@ -8,14 +8,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .config import Checkpoint, load_checkpoint, read_json
 from .grow_tensors import check_fits, grow_tensors, tensor_shapes
 from .shards import DEFAULT_SHARD_BYTES, write_shards
-from .weights import read_headers
+from .weights import as_numpy, read_headers
+
+if TYPE_CHECKING:
+    from . import _C
 
 # Shapes of published SDAR models; vocabulary and untied head as theirs.
 PRESETS: dict[str, dict[str, int]] = {
@@ -130,6 +133,29 @@ def weights_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def grown_in_memory(parent: Checkpoint, to: str | Path) -> Checkpoint:
+    """What the parent is once grown to the shapes of `to`, in the parent's directory: tokenizer and
+    tasks are read from there, weights come from `load_grown_weights`."""
+    target = grown_checkpoint(parent, load_target(to, parent), parent.path)
+    return dataclasses.replace(target, grown_from=_origin(parent, to, seed=0))
+
+
+def load_grown_weights(model: _C.Model, parent: Checkpoint, target: Checkpoint, dtype: str) -> None:
+    """Fills `model`, of the shapes of `target`, with the grown parent; a few tensors at a time."""
+    for name, tensor in grow_tensors(parent, target, 0, DTYPES[dtype], in_order=False):
+        model.load_tensor(name, as_numpy(tensor))
+    model.finish_loading()
+
+
+def _origin(parent: Checkpoint, to: str | Path, seed: int) -> dict[str, Any]:
+    return {
+        "name": parent.path.resolve().name,
+        "weights_sha256": weights_sha256(parent.path),
+        "to": str(to) if str(to) in PRESETS else Path(to).resolve().name,
+        "seed": seed,
+    }
+
+
 def _grown_config(
     parent: Checkpoint, target: Checkpoint, dtype: str, to: str, seed: int
 ) -> dict[str, Any]:
@@ -150,10 +176,5 @@ def _grown_config(
         "rms_norm_eps": target.rms_norm_eps,
         "tie_word_embeddings": target.tie_word_embeddings,
         "torch_dtype": dtype,
-        "grown_from": {
-            "name": parent.path.resolve().name,
-            "weights_sha256": weights_sha256(parent.path),
-            "to": to if to in PRESETS else Path(to).resolve().name,
-            "seed": seed,
-        },
+        "grown_from": _origin(parent, to, seed),
     }

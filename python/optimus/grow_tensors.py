@@ -31,8 +31,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from functools import cached_property
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -45,6 +48,9 @@ FAINT = 2.0**-20
 # part, which feeds on itself, cannot run away.
 _ADDED_GAIN = 0.25
 _CHUNK = 1 << 24  # random numbers drawn at once
+_MOST_THREADS = 16
+
+Maker = Callable[[], torch.Tensor]
 
 
 def check_fits(parent: Checkpoint, target: Checkpoint) -> None:
@@ -124,14 +130,40 @@ def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def grow_tensors(
-    parent: Checkpoint, target: Checkpoint, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+    parent: Checkpoint,
+    target: Checkpoint,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    in_order: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of the grown model, one at a time, in the order of `tensor_shapes(target)`.
 
     parent: its weights are read from parent.path as they are needed.
     target: of `grown_checkpoint`. seed: of the random weights; each tensor has its own stream.
+    in_order: False makes a few at a time, on all cores, the largest first; the same tensors.
     """
-    return _Grower(parent, target, seed, dtype).tensors()
+    makers = _Grower(parent, target, seed, dtype).makers()
+    if in_order:
+        return ((name, make()) for name, make in makers)
+    return _made_in_parallel(list(makers), tensor_shapes(target))
+
+
+def _made_in_parallel(
+    makers: list[tuple[str, Maker]], shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    num_threads = min(os.cpu_count() or 1, _MOST_THREADS)
+    waiting = sorted(makers, key=lambda item: math.prod(shapes[item[0]]))
+    running: dict[Future[torch.Tensor], str] = {}
+    # Random numbers come from one thread a tensor; torch's own threads would only add to them.
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        while waiting or running:
+            while waiting and len(running) < num_threads + 1:
+                name, make = waiting.pop()
+                running[pool.submit(make)] = name
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
 
 
 class _Grower:
@@ -165,20 +197,24 @@ class _Grower:
         embedding = self.real("model.embed_tokens.weight")
         return max(float(embedding.square().mean().sqrt()), 1e-6)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "model.embed_tokens.weight", self.embedding()
+    def makers(self) -> Iterator[tuple[str, Maker]]:
+        """Names, and what makes each tensor; any of them may be called in any thread."""
+        yield "model.embed_tokens.weight", self.embedding
         places = layer_places(self.parent, self.target)
         for layer in range(self.target.num_layers):
             yield from self.layer(f"model.layers.{layer}.", places.get(layer))
         # A tied head multiplies the faint columns of the embedding too: no gain for them there.
         tied = self.target.tie_word_embeddings
         final = "model.norm.weight"
-        yield final, self.norm(final, self.real(final), 1.0 if tied else 1 / FAINT)
+        yield final, lambda: self.norm(final, self.real(final), 1.0 if tied else 1 / FAINT)
         if not tied:
-            head = "lm_head.weight"
-            source = "model.embed_tokens.weight" if self.parent.tie_word_embeddings else head
-            rows = torch.arange(self.parent.vocab_size)
-            yield head, self.matrix(head, rows, self.channels, self.real(source))
+            yield "lm_head.weight", self.head
+
+    def head(self) -> torch.Tensor:
+        name = "lm_head.weight"
+        source = "model.embed_tokens.weight" if self.parent.tie_word_embeddings else name
+        rows = torch.arange(self.parent.vocab_size)
+        return self.matrix(name, rows, self.channels, self.real(source))
 
     def embedding(self) -> torch.Tensor:
         name = "model.embed_tokens.weight"
@@ -187,53 +223,61 @@ class _Grower:
         table[: self.parent.vocab_size, : self.parent.hidden_size] = self.real(name).to(self.dtype)
         return table
 
-    def layer(self, prefix: str, place: int | None) -> Iterator[tuple[str, torch.Tensor]]:
+    def layer(self, prefix: str, place: int | None) -> Iterator[tuple[str, Maker]]:
         """place: the parent's layer that lives here, or None for an added one."""
-        parent, real_prefix = self.parent, f"model.layers.{place}."
         q_rows, kv_rows = self.head_rows(self.q_heads), self.head_rows(self.kv_heads)
-        t = head_scale(parent, self.target)
+        t = head_scale(self.parent, self.target)
+        key_gain = math.sqrt(self.parent.head_dim / self.target.head_dim)
+
+        def made(name: str, make: Callable[..., torch.Tensor], *args: Any) -> tuple[str, Maker]:
+            real_name = None if place is None else f"model.layers.{place}.{name}"
+            return prefix + name, partial(make, prefix + name, real_name, *args)
+
+        yield made("input_layernorm.weight", self.layer_norm)
+        yield made("self_attn.q_proj.weight", self.reads, q_rows, self.q_heads, t)
+        yield made("self_attn.k_proj.weight", self.reads, kv_rows, self.kv_heads, t)
+        yield made("self_attn.v_proj.weight", self.reads, kv_rows)
+        yield made("self_attn.q_norm.weight", self.head_norm, 1.0)
+        yield made("self_attn.k_norm.weight", self.head_norm, key_gain)
+        yield made("self_attn.o_proj.weight", self.writes, q_rows)
+        yield made("post_attention_layernorm.weight", self.layer_norm)
+        yield made("mlp.gate_proj.weight", self.reads, self.neurons)
+        yield made("mlp.up_proj.weight", self.reads, self.neurons)
+        yield made("mlp.down_proj.weight", self.writes, self.neurons)
+
+    # Of a layer: `real_name` is the parent's tensor, None in an added layer.
+
+    def layer_norm(self, name: str, real_name: str | None) -> torch.Tensor:
+        return self.norm(name, None if real_name is None else self.real(real_name))
+
+    def head_norm(self, name: str, real_name: str | None, gain: float) -> torch.Tensor:
+        weight = self.gains(name)
+        if real_name is not None:
+            weight[self.head_dims] = self.real(real_name) * gain
+        return weight.to(self.dtype)
+
+    def reads(
+        self,
+        name: str,
+        real_name: str | None,
+        rows: torch.Tensor,
+        heads: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> torch.Tensor:
+        """A matrix that reads the stream: rows are heads or neurons."""
         none = torch.arange(0)
+        if real_name is None:
+            return self.matrix(name, none, none, torch.empty(0, 0))
+        faint = None if heads is None else self.head_rows(heads, added=True)
+        return self.matrix(name, rows, self.channels, self.real(real_name) * scale, faint)
 
-        def norm(name: str) -> tuple[str, torch.Tensor]:
-            real = None if place is None else self.real(real_prefix + name)
-            return prefix + name, self.norm(prefix + name, real)
-
-        def reads(
-            name: str, rows: torch.Tensor, heads: torch.Tensor | None = None, scale: float = 1.0
-        ) -> tuple[str, torch.Tensor]:
-            """A matrix that reads the stream: rows are heads or neurons."""
-            full = prefix + name
-            if place is None:
-                return full, self.matrix(full, none, none, torch.empty(0, 0))
-            faint = None if heads is None else self.head_rows(heads, added=True)
-            return full, self.matrix(
-                full, rows, self.channels, self.real(real_prefix + name) * scale, faint
-            )
-
-        def writes(name: str, cols: torch.Tensor) -> tuple[str, torch.Tensor]:
-            """A matrix that adds to the stream: an added layer adds nothing to real channels."""
-            full = prefix + name
-            if place is None:
-                cols, real = none, torch.empty(parent.hidden_size, 0)
-            else:
-                real = self.real(real_prefix + name)
-            return full, self.matrix(full, self.channels, cols, real, scale=self.branch)
-
-        yield norm("input_layernorm.weight")
-        yield reads("self_attn.q_proj.weight", q_rows, self.q_heads, t)
-        yield reads("self_attn.k_proj.weight", kv_rows, self.kv_heads, t)
-        yield reads("self_attn.v_proj.weight", kv_rows)
-        key_gain = math.sqrt(parent.head_dim / self.target.head_dim)
-        for name, gain in (("self_attn.q_norm.weight", 1.0), ("self_attn.k_norm.weight", key_gain)):
-            weight = self.gains(prefix + name)
-            if place is not None:
-                weight[self.head_dims] = self.real(real_prefix + name) * gain
-            yield prefix + name, weight.to(self.dtype)
-        yield writes("self_attn.o_proj.weight", q_rows)
-        yield norm("post_attention_layernorm.weight")
-        yield reads("mlp.gate_proj.weight", self.neurons)
-        yield reads("mlp.up_proj.weight", self.neurons)
-        yield writes("mlp.down_proj.weight", self.neurons)
+    def writes(self, name: str, real_name: str | None, cols: torch.Tensor) -> torch.Tensor:
+        """A matrix that adds to the stream: an added layer adds nothing to real channels."""
+        if real_name is None:
+            cols, real = torch.arange(0), torch.empty(self.parent.hidden_size, 0)
+        else:
+            real = self.real(real_name)
+        return self.matrix(name, self.channels, cols, real, scale=self.branch)
 
     def norm(
         self, name: str, real: torch.Tensor | None, amplify: float = 1 / FAINT

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from .calibration import Calibration, CalibrationSource
 from .config import DEMO_MODEL, Checkpoint, load_checkpoint
 from .events import Event, queue_block_events, queue_denoise_events
+from .grow import grown_in_memory, load_grown_weights
 from .native import _C
 from .options import (
     DEFAULT_KV_POLICY,
@@ -47,9 +48,11 @@ class LLM:
     """A model with an engine around it. Not thread-safe; one thread drives an LLM.
 
     model: directory of a Hugging Face checkpoint; None is the demo model of the package.
-    device: "auto" or "cpu" (this build has the CPU backend).
-    dtype: of weights, activations and KV: "float32" or "bfloat16"; "auto" is "float32" on the CPU,
-        where the outputs of a row do not depend, to the bit, on what else is in the batch.
+    device: "cpu", "cuda", or "auto": "cuda" where the build has it and a GPU answers.
+    dtype: of weights, activations and KV. "auto": "float32" on the CPU, where a row's outputs are
+        the same, to the bit, whatever is in the batch; "bfloat16" on CUDA, which has no other.
+    grow_to: larger shapes to grow the model to while it is loaded, as for `optimus grow`:
+        "sdar-8b", or the path of a config.json. It decodes as before, at the larger model's cost.
     decode_mode: "ar" (one token per forward), "block" (the published block-diffusion loop),
         "chunk" (`chunk_length` masked positions per forward), "elastic" (the chunk length follows
         load and measured time, and so may a request's tokens; the other modes repeat exactly,
@@ -71,8 +74,10 @@ class LLM:
         clean block, "auto" refreshes when the latency profile says the rows are free. "block" and
         "ar" have one way only.
     max_num_seqs: most requests decoding at once. max_num_batched_rows: most rows per step.
-    kv_cache_memory: bytes or "512MiB". Default: max_num_seqs requests of max_model_len, at most
-        1 GiB, at least one request.
+    kv_cache_memory: bytes or "512MiB". Default on the CPU: max_num_seqs requests of max_model_len,
+        at most 1 GiB, at least one request; on CUDA: what gpu_memory_utilization leaves.
+    gpu_memory_utilization: share of the GPU's memory that is in use at most, everybody's counted.
+    cuda_graphs: False launches CUDA kernels one by one, with the same results.
     max_model_len: most tokens of prompt and output; default max_position_embeddings.
     page_size: tokens per KV page, a multiple or a divisor of block_length.
     enable_prefix_cache: reuse KV of prompts that begin alike.
@@ -92,6 +97,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        grow_to: str | Path | None = None,
         decode_mode: str = "elastic",
         chunk_length: int | None = None,
         chunk_arms: Sequence[int] = (),
@@ -104,6 +110,8 @@ class LLM:
         max_num_seqs: int = 32,
         max_num_batched_rows: int = 512,
         kv_cache_memory: int | str | None = None,
+        gpu_memory_utilization: float = 0.9,
+        cuda_graphs: bool = True,
         max_model_len: int | None = None,
         page_size: int | None = None,
         enable_prefix_cache: bool = True,
@@ -121,31 +129,34 @@ class LLM:
             target_tpot_ms=target_tpot_ms, target_ttft_ms=target_ttft_ms,
             step_log_size=step_log_size, recompute_block=recompute_block, kv_policy=kv_policy,
             max_num_seqs=max_num_seqs, max_num_batched_rows=max_num_batched_rows,
-            kv_cache_memory=kv_cache_memory, max_model_len=max_model_len, page_size=page_size,
+            kv_cache_memory=kv_cache_memory, gpu_memory_utilization=gpu_memory_utilization,
+            cuda_graphs=cuda_graphs, max_model_len=max_model_len, page_size=page_size,
             enable_prefix_cache=enable_prefix_cache, num_threads=num_threads, seed=seed,
         )  # fmt: skip
         self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype)
-        self.checkpoint: Checkpoint = load_checkpoint(
+        self.dtype = resolve_dtype(dtype, self.device)
+        parent = load_checkpoint(
             DEMO_MODEL if model is None else model,
             block_length=block_length,
             mask_token_id=mask_token_id,
         )
-        native = options.to_native(self.checkpoint, self.dtype)  # fails before weights are read
+        self.checkpoint: Checkpoint = grown_in_memory(parent, grow_to) if grow_to else parent
+        native = options.to_native(self.checkpoint, self.dtype, self.device)  # before any weights
         self._calibration = CalibrationSource(self.checkpoint, calibration)
         self.tokenizer = Tokenizer.load(self.checkpoint.path)
-        self._model = _C.Model(self.checkpoint.model_config(self.dtype))
-        load_weights(self._model, self.checkpoint.path)
+        self._model = _C.Model(self.checkpoint.model_config(self.dtype), self.device)
+        if grow_to:
+            load_grown_weights(self._model, parent, self.checkpoint, self.dtype)
+        else:
+            load_weights(self._model, self.checkpoint.path)
         self._start_engine(options, native, to_profile(latency_profile))
 
     def with_options(self, **changes: Any) -> LLM:
         """A new LLM with its own engine over the same weights and tokenizer (nothing is copied).
 
-        changes: engine options of the constructor (decode_mode, chunk_length, kv_policy,
-        max_num_seqs, max_num_batched_rows, kv_cache_memory, max_model_len, page_size,
-        enable_prefix_cache, num_threads, seed, chunk_arms, recompute_block). A change of
-        decode_mode resets the options that belong to one mode. A latency profile already measured
-        is used again unless num_threads or max_num_batched_rows changes.
+        changes: engine options of the constructor (not of the model, calibration or
+        latency_profile). Another decode_mode resets the options that belong to one mode. A measured
+        latency profile is used again unless num_threads or max_num_batched_rows changes.
         Raises TypeError for an unknown name and ValueError for a bad value.
         """
         if "decode_mode" in changes:
@@ -159,7 +170,7 @@ class LLM:
             for name in ("num_threads", "max_num_batched_rows")
         )
         other = copy.copy(self)
-        native = options.to_native(self.checkpoint, self.dtype)
+        native = options.to_native(self.checkpoint, self.dtype, self.device)
         other._start_engine(options, native, self.latency_profile if kept else None)
         return other
 
@@ -190,7 +201,7 @@ class LLM:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes: weights, kv_cache, activations, state."""
+        """Bytes: weights, kv_cache, activations, state, graphs."""
         return self.engine.memory
 
     @property

@@ -39,6 +39,8 @@ class EngineOptions:
     max_num_seqs: int = 32
     max_num_batched_rows: int = 512
     kv_cache_memory: int | str | None = None
+    gpu_memory_utilization: float = 0.9
+    cuda_graphs: bool = True
     max_model_len: int | None = None
     page_size: int | None = None
     enable_prefix_cache: bool = True
@@ -58,6 +60,12 @@ class EngineOptions:
         for name in ("target_tpot_ms", "target_ttft_ms"):
             _check_positive(name, getattr(self, name))
         _check_floor(self.quality_floor)
+        _check_positive("gpu_memory_utilization", self.gpu_memory_utilization)
+        if self.gpu_memory_utilization > 1:
+            raise ValueError(
+                "[llm] gpu_memory_utilization must be in (0, 1], got "
+                f"{self.gpu_memory_utilization!r}"
+            )
         if (self.decode_mode == "schedule") != (self.chunk_schedule is not None):
             raise ValueError(
                 "[llm] chunk_schedule and decode_mode 'schedule' go together, got "
@@ -65,7 +73,7 @@ class EngineOptions:
             )
         for arm in self.chunk_arms:
             _check_int("chunk_arms", arm, 1)
-        for name in ("recompute_block", "enable_prefix_cache"):
+        for name in ("recompute_block", "enable_prefix_cache", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"[llm] {name} must be a bool, got {getattr(self, name)!r}")
         for name, value, modes in (
@@ -85,7 +93,7 @@ class EngineOptions:
         chunked = chunked or self.decode_mode == "schedule"
         return self.decode_mode in ELASTIC_MODES or (chunked and self.kv_policy == "auto")
 
-    def to_native(self, checkpoint: Checkpoint, dtype: str) -> _C.EngineConfig:
+    def to_native(self, checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> _C.EngineConfig:
         """The C++ form for one checkpoint; raises ValueError where the two do not fit."""
         from .native import _C
 
@@ -112,7 +120,11 @@ class EngineOptions:
         native.max_num_batched_rows = self.max_num_batched_rows
         native.max_model_len = plan.max_model_len
         native.page_size = plan.page_size
-        native.num_pages = plan.num_pages
+        # On CUDA the engine takes what is free, unless it was told how much.
+        measures_room = device == "cuda" and self.kv_cache_memory is None
+        native.num_pages = 0 if measures_room else plan.num_pages
+        native.gpu_memory_utilization = float(self.gpu_memory_utilization)
+        native.cuda_graphs = self.cuda_graphs
         native.enable_prefix_cache = self.enable_prefix_cache
         native.num_threads = self.num_threads or 0
         native.eos_token_ids = list(checkpoint.eos_token_ids)
@@ -185,16 +197,26 @@ def parse_bytes(value: int | str) -> int:
 
 
 def resolve_device(device: str) -> str:
-    """ "auto" is "cpu" in this build. Raises ValueError for a device it has no backend for."""
-    if device in ("auto", "cpu"):
-        return "cpu"
-    raise ValueError(f"[llm] device {device!r} is not in this build; use 'auto' or 'cpu'")
+    """ "auto" is "cuda" where the build has it and a GPU answers, else "cpu".
+
+    Raises ValueError for an unknown device, or one that cannot be used here, saying why.
+    """
+    from .native import _C
+
+    _check_choice("device", device, ("auto", "cpu", "cuda"))
+    problem = _C.cuda_problem()
+    if device == "cuda" and problem:
+        raise ValueError(f"[llm] device 'cuda' cannot be used: {problem}; use 'auto' or 'cpu'")
+    return device if device != "auto" else "cpu" if problem else "cuda"
 
 
-def resolve_dtype(dtype: str) -> str:
-    """ "auto" is float32 on the CPU: its results do not depend on what else is in the batch."""
+def resolve_dtype(dtype: str, device: str = "cpu") -> str:
+    """ "auto" is float32 on the CPU, where results then do not depend on what else is in the batch,
+    and bfloat16 on CUDA, which computes in nothing else."""
     _check_choice("dtype", dtype, ("auto", *DTYPE_BYTES))
-    return "float32" if dtype == "auto" else dtype
+    if device == "cuda" and dtype == "float32":
+        raise ValueError("[llm] on device 'cuda' dtype must be auto or bfloat16, got 'float32'")
+    return dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
 
 
 def parse_mode(text: str) -> tuple[str, int | None]:

@@ -24,7 +24,7 @@ _log = logging.getLogger("optimus")
 # Fields of EngineConfig that a profile's times, or the loads it was measured at, depend on.
 _ENGINE_FIELDS = (
     "block_length", "max_num_seqs", "max_num_batched_rows", "max_model_len", "page_size",
-    "num_pages", "num_threads",
+    "num_pages", "num_threads", "cuda_graphs",
 )  # fmt: skip
 _CURVES = ("decode", "prefill", "kv")
 
@@ -35,9 +35,11 @@ def profile_key(
     """What a profile's times depend on, as plain values."""
     here = machine()
     extension = getattr(_C, "__file__", None)
+    gpu = f"{_C.cuda_device_name()}, " if device == "cuda" else ""
     return {
-        "device": f"{device}: {here['cpu']}, {here['cores']} cores",
+        "device": f"{device}: {gpu}{here['cpu']}, {here['cores']} cores",
         "model": model_hash(checkpoint.path),
+        "grown_from": checkpoint.grown_from,
         "dtype": dtype,
         "versions": {name: here[name] for name in ("optimus", "torch")},
         "extension": file_hash(Path(extension)) if extension else None,

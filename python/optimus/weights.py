@@ -92,7 +92,7 @@ def load_weights(model: _C.Model, path: Path) -> None:
     for file in sorted({info.file for info in headers.values()}):
         with safe_open(file, framework="pt") as tensors:
             for name in (n for n, info in headers.items() if info.file == file and n in expected):
-                model.load_tensor(name, _as_numpy(tensors.get_tensor(name)))
+                model.load_tensor(name, as_numpy(tensors.get_tensor(name)))
     model.finish_loading()
 
 
@@ -131,7 +131,7 @@ def _some(names: Sequence[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     """No copy: bfloat16 goes through as its uint16 bits."""
     tensor = tensor.contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -234,7 +234,7 @@ def schedule(ranges: dict[str, Any]) -> dict[str, Any]:
         ({"target_ttft_ms": float("nan")}, "target_ttft_ms must be a number > 0, got nan"),
         ({"target_ttft_ms": True}, "target_ttft_ms must be a number > 0, got True"),
         ({"step_log_size": -1}, "step_log_size must be an int >= 0, got -1"),
-        ({"device": "cuda"}, "device 'cuda' is not in this build"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got .tpu."),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, got 'int8'"),
         ({"max_num_seqs": 0}, "max_num_seqs must be an int >= 1, got 0"),
         ({"max_num_batched_rows": 8}, "max_num_batched_rows must be at least 32, got 8"),

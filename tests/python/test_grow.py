@@ -375,3 +375,35 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as finished:
         main(["grow", str(out), "--to", str(target)])
     assert finished.value.code == 2
+
+
+def test_made_in_parallel_are_the_same_tensors(tmp_path: Path) -> None:
+    parent = load_checkpoint(DEMO_MODEL)
+    target = dataclasses.replace(
+        parent, hidden_size=512, num_layers=8, intermediate_size=1280, num_q_heads=8,
+        num_kv_heads=4, head_dim=128, vocab_size=2304, tie_word_embeddings=False,
+    )  # fmt: skip
+    target = grown_checkpoint(parent, target, tmp_path)
+    in_order = dict(grow_tensors(parent, target, 3))
+    in_parallel = dict(grow_tensors(parent, target, 3, in_order=False))
+    assert in_parallel.keys() == in_order.keys()
+    for name, tensor in in_order.items():
+        assert torch.equal(tensor.view(torch.int16), in_parallel[name].view(torch.int16)), name
+
+
+def test_grown_while_loaded_is_the_grown_directory(tmp_path: Path) -> None:
+    config = tmp_path / "target" / "config.json"
+    config.parent.mkdir()
+    shapes = json.loads((DEMO_MODEL / "config.json").read_text()) | {
+        "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1280,
+    }  # fmt: skip
+    config.write_text(json.dumps(shapes))
+    grow(DEMO_MODEL, config, tmp_path / "grown", dtype="float32")
+    options: dict[str, Any] = {"device": "cpu", "decode_mode": "block", "num_threads": 1}
+    stored = LLM(tmp_path / "grown", dtype="float32", **options)
+    loaded = LLM(grow_to=config, dtype="float32", **options)
+    assert loaded.num_parameters == stored.num_parameters
+    assert loaded.checkpoint.grown_from == stored.checkpoint.grown_from
+    prompt, params = [9, 40, 300, 7], SamplingParams(temperature=0.0, max_tokens=40)
+    ours, theirs = (llm.generate([prompt], params)[0].outputs[0] for llm in (loaded, stored))
+    assert ours.token_ids == theirs.token_ids and ours.confidences == theirs.confidences

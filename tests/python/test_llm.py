@@ -12,6 +12,7 @@ import pytest
 from checkpoints import make_checkpoint
 from optimus import LLM, SamplingParams
 from optimus.events import MASK_GLYPH, BlockEvent, DenoiseEvent, snapshot_pieces
+from optimus.native import _C
 
 PROMPTS = ["hello", "the thin man", "a", "in the beginning there was nothing but é 你好"]
 SHORT = SamplingParams(max_tokens=20)
@@ -401,3 +402,10 @@ def test_outputs_are_plain_data(llm: LLM) -> None:
     assert output.to_dict()["outputs"][0]["token_ids"] == output.outputs[0].token_ids
     with pytest.raises(dataclasses.FrozenInstanceError):
         output.request_id = 3  # type: ignore[misc]
+
+
+@pytest.mark.skipif(not _C.cuda_problem(), reason="there is a GPU")
+def test_cuda_where_there_is_none_says_why() -> None:
+    with pytest.raises(ValueError, match=r"device 'cuda' cannot be used: .*CUDA"):
+        LLM(device="cuda")
+    assert LLM(device="auto", decode_mode="ar").device == "cpu"

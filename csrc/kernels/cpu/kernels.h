@@ -13,6 +13,7 @@ void qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, ThreadPool&);
 void block_attention(const BlockAttentionParams&, ThreadPool&);
 void block_attention_schedule(const BlockAttentionParams&, ThreadPool&);
 void kv_copy(const KvCopyParams&, ThreadPool&);
+void open_windows(const OpenWindowsParams&, ThreadPool&);
 void build_rows(const BuildRowsParams&, ThreadPool&);
 void unmask(const UnmaskParams&, ThreadPool&);
 // The second half of unmask, for candidates that are already there: strategy, commits, windows.

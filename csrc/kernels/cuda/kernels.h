@@ -15,6 +15,7 @@ void rms_norm(const RmsNormParams&, cudaStream_t);
 void silu_mul(const SiluMulParams&, cudaStream_t);
 void qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, cudaStream_t);
 void kv_copy(const KvCopyParams&, cudaStream_t);
+void open_windows(const OpenWindowsParams&, cudaStream_t);
 void build_rows(const BuildRowsParams&, cudaStream_t);
 void unmask(const UnmaskParams&, cudaStream_t);
 size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size);

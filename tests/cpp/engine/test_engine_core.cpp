@@ -21,13 +21,16 @@ class CoreDriver {
   StepOutput step(double plan_s, double forward_ms, double end_s) {
     const StepPlan& plan = core.plan(plan_s);
     EXPECT_FALSE(plan.seqs.empty());
-    cpu::build_rows(buffers_.write_plan(plan, 0), threads_);
+    buffers_.write_plan(plan);
+    cpu::open_windows(buffers_.open_windows_params(), threads_);
+    cpu::build_rows(buffers_.build_rows_params(/*mask_token_id=*/0), threads_);
     for (int i = 0; i < buffers_.num_logit_rows(); ++i) {
       buffers_.candidates().token_ids[i] = 1;
       buffers_.candidates().confidence[i] = 0.95f;
       buffers_.candidates().logprob[i] = buffers_.candidates().entropy[i] = 0.05f;
     }
-    cpu::commit_candidates(buffers_.unmask_params(nullptr, ModelConfig{}));
+    cpu::commit_candidates(
+        buffers_.unmask_params(nullptr, ModelConfig{}, buffers_.num_logit_rows()));
     return core.update(buffers_.result(), forward_ms, end_s);
   }
 

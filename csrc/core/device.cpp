@@ -1,0 +1,247 @@
+#include "core/device.h"
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "core/check.h"
+#if defined(OPTIMUS_WITH_CUDA)
+#include "core/cuda_check.h"
+#endif
+
+namespace optimus {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+void* allocate_on_cpu(size_t bytes) {
+  void* data = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  if (data == nullptr) throw std::bad_alloc();
+  return data;
+}
+
+double now_ms() {
+  return std::chrono::duration<double, std::milli>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+#if !defined(OPTIMUS_WITH_CUDA)
+[[noreturn]] void throw_no_cuda() {
+  throw std::invalid_argument("[device] this build has no CUDA backend");
+}
+#endif
+
+}  // namespace
+
+#if defined(OPTIMUS_WITH_CUDA)
+
+namespace {
+
+cudaStream_t stream_of(void* handle) { return static_cast<cudaStream_t>(handle); }
+cudaEvent_t event_of(void* handle) { return static_cast<cudaEvent_t>(handle); }
+
+}  // namespace
+
+std::string cuda_problem() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return concat("no CUDA device answers: ", cudaGetErrorString(error));
+  }
+  return count > 0 ? "" : "no CUDA device was found";
+}
+
+std::string cuda_device_name() {
+  int device = 0;
+  cudaDeviceProp properties;
+  OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
+  OPTIMUS_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+  return properties.name;
+}
+
+DeviceMemoryInfo cuda_memory() {
+  DeviceMemoryInfo info{};
+  OPTIMUS_CUDA_CHECK(cudaMemGetInfo(&info.free, &info.total));
+  return info;
+}
+
+void* allocate_memory(size_t bytes, Device device) {
+  if (device == Device::cpu) return allocate_on_cpu(bytes);
+  void* data = nullptr;
+  if (cudaMalloc(&data, bytes) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    const DeviceMemoryInfo info = cuda_memory();
+    throw std::runtime_error(concat("[device] out of GPU memory: ", bytes, " bytes wanted, ",
+                                    info.free, " of ", info.total, " free"));
+  }
+  // Rows that pad a graph read what nothing wrote: let that be numbers.
+  OPTIMUS_CUDA_CHECK(cudaMemset(data, 0, bytes));
+  OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(nullptr));
+  return data;
+}
+
+// Errors are ignored: at exit the driver may be gone before the last buffer.
+void release_memory(void* data, Device device) noexcept {
+  if (device == Device::cpu) {
+    std::free(data);
+  } else {
+    static_cast<void>(cudaFree(data));
+  }
+}
+
+void* allocate_host_memory(size_t bytes, Device device) {
+  if (device == Device::cpu) return allocate_on_cpu(bytes);
+  void* data = nullptr;
+  OPTIMUS_CUDA_CHECK(cudaHostAlloc(&data, bytes, cudaHostAllocPortable));
+  return data;
+}
+
+void release_host_memory(void* data, Device device) noexcept {
+  if (device == Device::cpu) {
+    std::free(data);
+  } else {
+    static_cast<void>(cudaFreeHost(data));
+  }
+}
+
+void copy_memory(void* to, const void* from, size_t bytes, Device device) {
+  if (device == Device::cpu) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  OPTIMUS_CUDA_CHECK(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
+  OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(nullptr));
+}
+
+Stream::Stream(Device device) : device_(device) {
+  if (device == Device::cpu) return;
+  cudaStream_t stream = nullptr;
+  OPTIMUS_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  handle_ = stream;
+}
+
+Stream::~Stream() {
+  if (handle_ != nullptr) static_cast<void>(cudaStreamDestroy(stream_of(handle_)));
+}
+
+void Stream::copy(void* to, const void* from, size_t bytes) {
+  if (device_ == Device::cpu) {
+    std::memcpy(to, from, bytes);
+  } else {
+    OPTIMUS_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(handle_)));
+  }
+}
+
+void Stream::synchronize() {
+  if (device_ == Device::cuda) OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream_of(handle_)));
+}
+
+StreamTimer::StreamTimer(Device device) {
+  if (device == Device::cpu) return;
+  cudaEvent_t started = nullptr, stopped = nullptr;
+  OPTIMUS_CUDA_CHECK(cudaEventCreate(&started));
+  OPTIMUS_CUDA_CHECK(cudaEventCreate(&stopped));
+  started_ = started;
+  stopped_ = stopped;
+}
+
+StreamTimer::~StreamTimer() {
+  for (void* event : {started_, stopped_}) {
+    if (event != nullptr) static_cast<void>(cudaEventDestroy(event_of(event)));
+  }
+}
+
+void StreamTimer::start(Stream& stream) {
+  start_ms_ = now_ms();
+  if (started_ == nullptr) return;
+  OPTIMUS_CUDA_CHECK(cudaEventRecord(event_of(started_), stream_of(stream.handle())));
+}
+
+void StreamTimer::stop(Stream& stream) {
+  stop_ms_ = now_ms();
+  if (stopped_ == nullptr) return;
+  OPTIMUS_CUDA_CHECK(cudaEventRecord(event_of(stopped_), stream_of(stream.handle())));
+}
+
+double StreamTimer::ms() const {
+  if (started_ == nullptr) return stop_ms_ - start_ms_;
+  float ms = 0;
+  OPTIMUS_CUDA_CHECK(cudaEventElapsedTime(&ms, event_of(started_), event_of(stopped_)));
+  return ms;
+}
+
+Graph::Graph(Stream& stream, const std::function<void()>& record) {
+  OPTIMUS_INVARIANT(stream.device() == Device::cuda, "a graph on the CPU");
+  const cudaStream_t handle = stream_of(stream.handle());
+  cudaGraph_t graph = nullptr;
+  OPTIMUS_CUDA_CHECK(cudaStreamBeginCapture(handle, cudaStreamCaptureModeThreadLocal));
+  try {
+    record();
+  } catch (...) {
+    static_cast<void>(cudaStreamEndCapture(handle, &graph));
+    if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+    throw;
+  }
+  OPTIMUS_CUDA_CHECK(cudaStreamEndCapture(handle, &graph));
+  cudaGraphExec_t replay = nullptr;
+  const cudaError_t error = cudaGraphInstantiate(&replay, graph, 0);
+  static_cast<void>(cudaGraphDestroy(graph));
+  OPTIMUS_CUDA_CHECK(error);
+  replay_ = replay;
+}
+
+Graph::~Graph() {
+  if (replay_ != nullptr) {
+    static_cast<void>(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(replay_)));
+  }
+}
+
+void Graph::launch(Stream& stream) {
+  OPTIMUS_CUDA_CHECK(
+      cudaGraphLaunch(static_cast<cudaGraphExec_t>(replay_), stream_of(stream.handle())));
+}
+
+#else
+
+std::string cuda_problem() { return "this build has no CUDA backend"; }
+std::string cuda_device_name() { throw_no_cuda(); }
+DeviceMemoryInfo cuda_memory() { throw_no_cuda(); }
+
+void* allocate_memory(size_t bytes, Device device) {
+  if (device != Device::cpu) throw_no_cuda();
+  return allocate_on_cpu(bytes);
+}
+void release_memory(void* data, Device) noexcept { std::free(data); }
+void* allocate_host_memory(size_t bytes, Device device) { return allocate_memory(bytes, device); }
+void release_host_memory(void* data, Device) noexcept { std::free(data); }
+
+void copy_memory(void* to, const void* from, size_t bytes, Device) { std::memcpy(to, from, bytes); }
+
+Stream::Stream(Device device) : device_(device) {
+  if (device != Device::cpu) throw_no_cuda();
+}
+Stream::~Stream() = default;
+void Stream::copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+void Stream::synchronize() {}
+
+StreamTimer::StreamTimer(Device device) {
+  if (device != Device::cpu) throw_no_cuda();
+}
+StreamTimer::~StreamTimer() = default;
+void StreamTimer::start(Stream&) { start_ms_ = now_ms(); }
+void StreamTimer::stop(Stream&) { stop_ms_ = now_ms(); }
+double StreamTimer::ms() const { return stop_ms_ - start_ms_; }
+
+Graph::Graph(Stream&, const std::function<void()>&) { throw_no_cuda(); }
+Graph::~Graph() = default;
+void Graph::launch(Stream&) { throw_no_cuda(); }
+
+#endif
+
+Graph::Graph(Graph&& other) noexcept : replay_(std::exchange(other.replay_, nullptr)) {}
+
+}  // namespace optimus

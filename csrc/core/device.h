@@ -1,0 +1,85 @@
+// Places where the engine can run, and what it needs of them: memory, copies, a stream, graphs. In a
+// build without CUDA everything but Device::cpu throws, saying so.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <string>
+
+namespace optimus {
+
+// A process uses one CUDA device: the current one, 0 unless CUDA_VISIBLE_DEVICES says otherwise.
+enum class Device : unsigned char { cpu, cuda };
+
+// Why Device::cuda cannot be used (no such build, no GPU); empty when it can.
+std::string cuda_problem();
+// Of the GPU, as its vendor calls it.
+std::string cuda_device_name();
+
+struct DeviceMemoryInfo {
+  size_t free, total;  // bytes
+};
+DeviceMemoryInfo cuda_memory();
+
+// 64-byte aligned, zeroed on CUDA; undefined on the CPU. Throws std::bad_alloc or, naming the bytes,
+// std::runtime_error.
+void* allocate_memory(size_t bytes, Device device);
+void release_memory(void* data, Device device) noexcept;
+// Host memory that `device` copies from and to at full speed and asynchronously.
+void* allocate_host_memory(size_t bytes, Device device);
+void release_host_memory(void* data, Device device) noexcept;
+// Between any two places; done on return. On CUDA not ordered with any Stream.
+void copy_memory(void* to, const void* from, size_t bytes, Device device);
+
+// An ordered queue of work. On the CPU work is done at once, and handle() is null.
+class Stream {
+ public:
+  explicit Stream(Device device);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  Device device() const { return device_; }
+  void* handle() const { return handle_; }  // a cudaStream_t
+  // Host memory must be of allocate_host_memory, and stay until the stream gets there.
+  void copy(void* to, const void* from, size_t bytes);
+  void synchronize();
+
+ private:
+  Device device_;
+  void* handle_ = nullptr;
+};
+
+// Measures the time that a stream takes from one point to another, whatever the host does meanwhile.
+class StreamTimer {
+ public:
+  explicit StreamTimer(Device device);
+  ~StreamTimer();
+  StreamTimer(const StreamTimer&) = delete;
+  StreamTimer& operator=(const StreamTimer&) = delete;
+
+  void start(Stream& stream);
+  void stop(Stream& stream);
+  double ms() const;  // after the stream has been synchronised
+
+ private:
+  double start_ms_ = 0, stop_ms_ = 0;             // cpu
+  void *started_ = nullptr, *stopped_ = nullptr;  // cuda: cudaEvent_t
+};
+
+// Work recorded once on a CUDA stream, launched as often as wanted.
+class Graph {
+ public:
+  // Nothing that `record` launches on the stream runs. It must not allocate or synchronise.
+  Graph(Stream& stream, const std::function<void()>& record);
+  ~Graph();
+  Graph(Graph&& other) noexcept;
+  Graph& operator=(Graph&&) = delete;
+
+  void launch(Stream& stream);
+
+ private:
+  void* replay_ = nullptr;  // a cudaGraphExec_t
+};
+
+}  // namespace optimus
