@@ -266,5 +266,21 @@ TEST(EngineRequests, ForwardChecksItsArguments) {
   EXPECT_EQ(engine.forward({1}, {0}, {1}, {3}).size(), 61u);
 }
 
+// Requests that start alike compute a page each before they can know that it is cached. The later
+// pages hang on the cached one: keeping both, the last request would not fit the pool alone.
+TEST(EngineRequests, FillAPoolThatHasCachedTheirBeginning) {
+  EngineConfig config = tiny_engine_config(DecodeMode::ar);
+  config.page_size = 2;
+  config.num_pages = 3;
+  config.max_num_seqs = 1;
+  config.max_num_batched_rows = 4;
+  config.max_model_len = 6;
+  std::vector<Job> jobs;
+  for (int max_tokens : {2, 1, 1, 1, 1, 5}) jobs.push_back(simple_job(1, max_tokens));
+  const std::vector<Outcome> outcomes = run_jobs(config, jobs);
+  ASSERT_EQ(outcomes.size(), jobs.size());
+  EXPECT_EQ(outcomes.back().output.size(), 5u);
+}
+
 }  // namespace
 }  // namespace optimus

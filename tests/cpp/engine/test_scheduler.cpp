@@ -312,21 +312,5 @@ TEST(EngineConfig, BadValuesThrowWithValues) {
   validate(ar);
 }
 
-// A request whose first page is cached already holds a copy of it until its own is full; then the
-// pool has no room for both.
-TEST(Scheduler, ARequestFillsAPoolThatCachedItsBeginning) {
-  EngineConfig config = base_config(DecodeMode::ar);
-  config.page_size = 2;
-  config.num_pages = 3;
-  config.max_num_seqs = 1;
-  config.max_num_batched_rows = 4;
-  config.enable_prefix_cache = true;
-  ScheduledRequests run(config);
-  for (int max_tokens : {2, 1, 1, 1, 1, 5}) run.add(1, max_tokens);
-  run.run_all();
-  for (const auto& request : run.requests) EXPECT_EQ(request->status, RequestStatus::finished);
-  run.expect_all_pages_free();
-}
-
 }  // namespace
 }  // namespace optimus
