@@ -19,6 +19,7 @@ from typing import Any
 from accuracy_table import CHUNK_LENGTHS, paired_difference
 from accuracy_table import markdown as accuracy_markdown
 from controller_tables import capacity_table, loads_table, sweeps_table
+from gpu_tables import attention_table, steps_table, throughput_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -150,6 +151,12 @@ def serving_capacity() -> str:
     return simulated(name, capacity_table(read(name)))
 
 
+def on_gpu(name: str, table: Callable[[dict[str, Any]], str]) -> str:
+    report = read(name)
+    card = str(report.get("gpu") or report.get("device")).removeprefix("NVIDIA ")
+    return f"{table(report)}\n\nFrom `bench/results/{name}`: one NVIDIA {card}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy-all": accuracy_all,
     "accuracy-recommended": accuracy_recommended,
@@ -160,6 +167,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "controller-loads": controller_loads,
     "controller-sweeps": controller_sweeps,
     "serving-capacity": serving_capacity,
+    "gpu-attention": lambda: on_gpu("block_attention_h100.json", attention_table),
+    "gpu-steps": lambda: on_gpu("engine_steps_h100.json", steps_table),
+    "gpu-throughput": lambda: on_gpu("engine_throughput_h100.json", throughput_table),
 }
 
 
