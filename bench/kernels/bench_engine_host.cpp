@@ -68,16 +68,17 @@ class Loop {
     const double begin = now_us();
     StepOutput output = core_.update(result, kStepMs, now_s_);
     const double updated = now_us();
-    plan_ = &core_.plan(now_s_);
-    const double planned = now_us();
-    buffers_.write_plan(*plan_);
-    const double written = now_us();
     for (const RequestUpdate& update : output.updates) {
       if (update.finish_reason == FinishReason::none) continue;
       core_.release(update.id);
       add_request(kMaxTokens);
     }
-    return {updated - begin, planned - updated, written - planned};
+    const double added = now_us();
+    plan_ = &core_.plan(now_s_);
+    const double planned = now_us();
+    buffers_.write_plan(*plan_);
+    const double written = now_us();
+    return {updated - begin, planned - added, written - planned};
   }
 
  private:
