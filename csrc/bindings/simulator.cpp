@@ -30,7 +30,6 @@ void bind_simulator(py::module_& m) {
       .def_readwrite("outlier_share", &SimulatorConfig::outlier_share)
       .def_readwrite("outlier_factor", &SimulatorConfig::outlier_factor)
       .def_readwrite("slowdowns", &SimulatorConfig::slowdowns)
-      .def_readwrite("oracle", &SimulatorConfig::oracle)
       .def_readwrite("seed", &SimulatorConfig::seed);
 
   py::class_<SimulatedRequest>(m, "SimulatedRequest")
@@ -48,6 +47,7 @@ void bind_simulator(py::module_& m) {
            py::call_guard<py::gil_scoped_release>())
       .def("take_finished", &Simulator::take_finished)
       .def_property_readonly("now_s", &Simulator::now_s)
+      .def_property_readonly("oracle_s", &Simulator::oracle_s)
       .def_property_readonly("num_unfinished",
                              [](Simulator& self) { return self.core().num_unfinished(); })
       .def("step_records", [](Simulator& self) { return self.core().log().records(); })

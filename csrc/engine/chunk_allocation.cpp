@@ -22,24 +22,31 @@ constexpr double kTrust = 16.0;  // commits the estimate of the price of time is
 
 int level_of(float gain) { return std::clamp(static_cast<int>(gain * kLevels), 0, kLevels - 1); }
 
+// A step commits every mask that its rule accepts, and the most confident one when it accepts none:
+// 1 * P(none) + the sum of the probabilities, if masks are independent. So `rows` more masks of
+// `probability` add their sum less what they take from P(none), which is brought up to date.
+float add_masks(float probability, int rows, float& none) {
+  const float before = none;
+  float factor = 1 - probability;
+  for (int left = rows; left > 0; left /= 2, factor *= factor) {
+    if (left % 2 != 0) none *= factor;
+  }
+  return probability * rows - (before - none);
+}
+
 }  // namespace
 
 // Appends the segments of masks [first, last) of a request, in order of falling mean gain. Returns
 // nothing; segments of one request are contiguous in segments_.
 void ChunkPolicy::open_segments(const RequestLoad& load, const Group& group, int first, int last,
-                                double expected) {
+                                float none) {
   static const MaskHistory kNothing;
   const MaskHistory& history = load.history != nullptr ? *load.history : kNothing;
   float commits_of[kMaxBlockLength];  // of each segment so far
   int rows_of[kMaxBlockLength];
   int count = 0;
-  // One mask commits in any case, the most confident: gains count from one commit on.
-  double sum = expected, counted = std::max(1.0, expected);
   const auto add = [&](float probability, int rows) {
-    sum += double(probability) * rows;
-    const double now = std::max(counted, sum);
-    float commits = static_cast<float>(now - counted);
-    counted = now;
+    float commits = add_masks(probability, rows, none);
     for (; count > 0 && commits_of[count - 1] * rows <= commits * rows_of[count - 1]; --count) {
       commits += commits_of[count - 1];
       rows += rows_of[count - 1];
@@ -97,16 +104,16 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
       const MaskHistory& history = load.history != nullptr ? *load.history : kNothing;
       const int first = std::min(group.shortest, load.num_masked);
       const int last = std::min(group.longest, load.num_masked);
-      double expected = 0;
+      float none = 1;
+      base_commits += 1;
       for (int rank = 0; rank < first; ++rank) {
-        expected += CommitModel::lookup(group.table, rank, history);
+        base_commits += add_masks(CommitModel::lookup(group.table, rank, history), 1, none);
       }
       ++num_requests;
       base_rows += first;
-      base_commits += std::max(1.0, expected);
       if (group.refresh)
         refresh_rows += refresh_share(group.yields[2 * arm_index + refresh].commits);
-      open_segments(load, group, first, last, expected);
+      open_segments(load, group, first, last, none);
       for (size_t s = begin; s < segments_.size(); ++s) {
         rows[segments_[s].level] += segments_[s].rows;
         gains[segments_[s].level] += segments_[s].commits;

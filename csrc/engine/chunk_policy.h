@@ -122,9 +122,9 @@ class ChunkPolicy {
   void allocate(int arm, const std::vector<RequestLoad>& loads, const StepLoad& other,
                 const LatencyModel& latency, const CommitModel& commits, ChunkDecision& decision);
   void set_range(Group& group, bool refresh) const;
-  // `expected`: commits of the masks before `first`.
+  // `none`: probability that no mask before `first` is accepted.
   void open_segments(const RequestLoad& load, const Group& group, int first, int last,
-                     double expected);
+                     float none);
 
   ChunkPolicyConfig config_;
   int current_ = -1;  // index into arms_, -1 = none

@@ -20,8 +20,7 @@ constexpr double kIdleHalfLife = 600;    // steps without one
 constexpr double kYieldWeight = 8;       // steps the prior is worth
 constexpr double kMaxScale = 4;          // of the prior's odds, either way
 constexpr double kScaleWeight = 128;     // masks it takes to believe half of what was seen
-constexpr double kHalfLife = 1024;       // observations of a rank or a history cell
-constexpr double kPriorWeight = 16;      // observations
+constexpr double kHalfLife = 4096;       // observations of a rank or a history cell
 constexpr int kMaxContexts = 16;
 constexpr float kSameThreshold = 0.0025f;
 constexpr int kFirstRank[] = {0, 1, 2, 3, 4, 6, 9, 14, 20};  // of each rank bin
@@ -68,7 +67,7 @@ int CommitModel::context(UnmaskingStrategy strategy, float threshold, int quota)
     if (nearest < 0 || distance < std::abs(contexts_[nearest].threshold - threshold)) nearest = i;
   }
   if (num_contexts() >= kMaxContexts) return nearest >= 0 ? nearest : 0;
-  Context fresh{strategy, threshold, quota, {}, 0, 0, 0, 0, {}, {}};
+  Context fresh{strategy, threshold, quota, {}, 0, 0, 0, 0, {}, {}, {}, {}};
   fresh.by_rank.assign(block_length_, {});
   contexts_.push_back(std::move(fresh));
   return num_contexts() - 1;
@@ -183,25 +182,41 @@ double CommitModel::rank_probability(const Context& context, int rank) const {
          (counts.evaluated + kPriorWeight);
 }
 
-double CommitModel::cell_probability(const Context& context, int bin, int kind) const {
-  const int typical = std::min(block_length_ - 1, kTypicalRank[bin]);
-  const Counts& counts = context.by_history[bin * kKinds + kind];
-  return (counts.committed + kPriorWeight * rank_probability(context, typical)) /
-         (counts.evaluated + kPriorWeight);
+float CommitModel::kind_probability(const Context& context, int seen) const {
+  const int typical = std::min(block_length_ - 1, kTypicalRank[seen / kKinds]);
+  return blend(context.by_kind[seen], static_cast<float>(rank_probability(context, typical)));
+}
+
+int CommitModel::pace_bin(float pace) {
+  constexpr float kBounds[kPaces - 1] = {1.5f, 2.0f, 3.0f, 4.0f, 6.0f, 9.0f};
+  int bin = 0;
+  while (bin < kPaces - 1 && pace >= kBounds[bin]) ++bin;
+  return bin;
+}
+
+int CommitModel::ahead_bin(int num_known_ahead) {
+  return (num_known_ahead > 0) + (num_known_ahead > 2) + (num_known_ahead > 5);
 }
 
 double CommitModel::probability(int context, int rank, const MaskHistory& history) const {
   check(context, rank, "probability");
-  return cell_probability(contexts_[context], rank_bin(rank), kind(rank, history));
+  const Context& c = contexts_[context];
+  const int at = cell(rank, history), paced = at / kAhead, seen = paced / kPaces;
+  return blend(c.by_cell[at], blend(c.by_pace[paced], kind_probability(c, seen)));
 }
 
 void CommitModel::history_table(int context, std::vector<float>& table) const {
   check(context, 0, "history_table");
-  table.resize(kRankBins * kKinds);
-  for (int bin = 0; bin < kRankBins; ++bin) {
-    for (int kind = 0; kind < kKinds; ++kind) {
-      table[bin * kKinds + kind] =
-          static_cast<float>(cell_probability(contexts_[context], bin, kind));
+  table.resize(kCells);
+  const Context& c = contexts_[context];
+  float* to = table.data();
+  for (int seen = 0; seen < kSeen; ++seen) {
+    const float by_kind = kind_probability(c, seen);
+    for (int paced = seen * kPaces; paced < (seen + 1) * kPaces; ++paced) {
+      const float by_pace = blend(c.by_pace[paced], by_kind);
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
+        *to++ = blend(c.by_cell[paced * kAhead + ahead], by_pace);
+      }
     }
   }
 }
@@ -216,8 +231,9 @@ void CommitModel::observe(int context, int rank, const MaskHistory& history, boo
     r->count += 1;
   }
   Context& c = contexts_[context];
-  for (Counts* counts :
-       {&c.by_rank[rank], &c.by_history[rank_bin(rank) * kKinds + kind(rank, history)]}) {
+  const int at = cell(rank, history);
+  for (Counts* counts : {&c.by_rank[rank], &c.by_kind[at / kAhead / kPaces],
+                         &c.by_pace[at / kAhead], &c.by_cell[at]}) {
     counts->evaluated = counts->evaluated * kDecay + 1.0f;
     counts->committed = counts->committed * kDecay + (committed ? 1.0f : 0.0f);
   }

@@ -5,9 +5,11 @@
 //                with a chunk length. Measured for each chunk length by itself: large chunks swallow
 //                easy stretches in one step and meet what is left of a block more often, so what one
 //                chunk length sees does not tell what another would see.
-//   probability  P(commit | rank of the mask, what the request's last step said): the mask's last
-//                confidence, or, for a mask that was not a row yet, how well that step went.
-//                Confidences are bimodal and easy stretches come in runs: this tells requests apart.
+//   probability  P(accepted by the rule | rank of the mask, what the request's last steps said): the
+//                mask's last confidence, or, for a mask that was not a row yet, how well that step
+//                went; how much behind the first mask is known; and the request's pace. Confidences are bimodal, easy stretches come in runs
+//                and easy requests stay easy: this tells requests apart. The one commit that a step
+//                makes when its rule accepts nothing does not count.
 #pragma once
 
 #include <array>
@@ -24,6 +26,11 @@ struct MaskHistory {
   std::vector<float> confidence;  // of the masks that were evaluated and did not commit
   int num_evaluated = 0;          // masks of the last step, 0 = none yet
   int num_committed = 0;
+  int num_known_ahead = 0;  // positions of the block that are known though a mask precedes them
+  float pace = 2.0f;        // commits of a step, the request's recent ones: easy answers stay easy
+
+  // After a step: `accepted` masks of it.
+  void advance_pace(int accepted) { pace += 0.3f * (static_cast<float>(accepted) - pace); }
 
   float confidence_of(int rank) const {
     return rank < static_cast<int>(confidence.size()) ? confidence[rank] : kUnseen;
@@ -56,10 +63,10 @@ class CommitModel {
   // P(commit | rank, history); `rank` in [0, block_length): 0 is the first evaluated mask.
   double probability(int context, int rank, const MaskHistory& history) const;
   void observe(int context, int rank, const MaskHistory& history, bool committed);
-  // The same for every (rank bin, kind), to look many masks up: [kRankBins * kKinds].
+  // The same for every cell, to look many masks up.
   void history_table(int context, std::vector<float>& table) const;
   static float lookup(const std::vector<float>& table, int rank, const MaskHistory& history) {
-    return table[rank_bin(rank) * kKinds + kind(rank, history)];
+    return table[cell(rank, history)];
   }
   // First rank behind those that share a rank bin with `rank`.
   static int rank_bin_end(int rank);
@@ -78,12 +85,20 @@ class CommitModel {
   struct Counts {
     float committed = 0, evaluated = 0;
   };
+  // What is known of fewer things is the prior of what is known of more.
+  static float blend(const Counts& counts, float prior) {
+    return (counts.committed + kPriorWeight * prior) / (counts.evaluated + kPriorWeight);
+  }
+  static constexpr float kPriorWeight = 8;  // observations
   // Decayed sums over the steps of requests that decoded with (about) one chunk length.
   struct Lane {
     double commits = 0, masks = 0, steps = 0;
     uint64_t last_step = 0;
   };
-  static constexpr int kRankBins = 9, kKinds = 13, kLanes = 6;
+  // A cell is a (rank bin, kind, pace bin, bin of the known ahead).
+  static constexpr int kRankBins = 9, kKinds = 13, kPaces = 7, kAhead = 4, kLanes = 6;
+  static constexpr int kSeen = kRankBins * kKinds, kPaced = kSeen * kPaces,
+                       kCells = kPaced * kAhead;
   struct Context {
     UnmaskingStrategy strategy;
     float threshold;
@@ -92,15 +107,23 @@ class CommitModel {
     // Decayed sums over all lanes: how good the prior is.
     double commits = 0, masks = 0, prior_commits = 0, prior_masks = 0;
     std::vector<Counts> by_rank;
-    std::array<Counts, kRankBins * kKinds> by_history{};
+    std::array<Counts, kSeen> by_kind{};
+    std::array<Counts, kPaced> by_pace{};
+    std::array<Counts, kCells> by_cell{};
   };
   static int lane_of(int chunk_length);
   static int rank_bin(int rank);
   static int kind(int rank, const MaskHistory& history);
+  static int pace_bin(float pace);
+  static int ahead_bin(int num_known_ahead);
+  static int cell(int rank, const MaskHistory& history) {
+    const int seen = rank_bin(rank) * kKinds + kind(rank, history);
+    return (seen * kPaces + pace_bin(history.pace)) * kAhead + ahead_bin(history.num_known_ahead);
+  }
   double idle_fade(const Lane& lane) const;
   double expected_share(const Context& context, double prior_share) const;
   double rank_probability(const Context& context, int rank) const;
-  double cell_probability(const Context& context, int bin, int kind) const;
+  float kind_probability(const Context& context, int seen) const;
   void check(int context, int rank, const char* what) const;
 
   int block_length_;

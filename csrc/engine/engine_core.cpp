@@ -196,6 +196,9 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
   request.num_masked = result.num_masked[slot];
 
   FinishReason reason = check_finished(request);
+  const int first_mask = request.prompt_len() + request.num_known;
+  request.history.num_known_ahead =
+      std::max(0, request.block_start + grid - first_mask - request.num_masked);
   update.id = request.id;
   update.num_known = request.num_known;
   update.finish_reason = reason;
@@ -210,14 +213,19 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
 
 void EngineCore::learn(Request& request, const SeqPlan& seq, const StepResult& result, int first,
                        int last) {
-  int num_committed = 0;
   const bool decodes_blocks = config_.decode_mode != DecodeMode::ar;
-  for (int i = first; i < last; ++i) {
-    const bool committed = result.candidates.committed[i];
-    num_committed += committed;
-    if (decodes_blocks) {
-      commits_.observe(request.commit_context, i - first, request.history, committed);
-    }
+  const Candidates& candidates = result.candidates;
+  const int num_committed =
+      static_cast<int>(std::count_if(candidates.committed + first, candidates.committed + last,
+                                     [](uint8_t committed) { return committed != 0; }));
+  // A sole commit may be the one that every step makes, whatever its rule accepts.
+  const bool by_threshold = request.params.unmasking_strategy == kLowConfidenceDynamic;
+  const float needed = num_committed > 1 ? -1.0f
+                       : by_threshold    ? request.params.confidence_threshold
+                                         : 1.0f;
+  for (int i = first; i < last && decodes_blocks; ++i) {
+    const bool accepted = candidates.committed[i] && candidates.confidence[i] > needed;
+    commits_.observe(request.commit_context, i - first, request.history, accepted);
   }
   // Rows by marginal gain have no usual chunk length: small ones go to requests in hard stretches.
   if (decodes_blocks && config_.decode_mode != DecodeMode::elastic_per_request) {
@@ -237,6 +245,7 @@ void EngineCore::learn(Request& request, const SeqPlan& seq, const StepResult& r
   }
   request.history.num_evaluated = last - first;
   request.history.num_committed = num_committed;
+  request.history.advance_pace(num_committed);
 }
 
 void EngineCore::record_commit(Request& request, int output_idx, OutputToken token,

@@ -91,9 +91,9 @@ void Simulator::fill_confidences(const StepPlan& plan) {
 
 // Rows without which the same tokens could not have been committed: prompts, new tokens fed once more,
 // and masks that did commit; nothing behind a request's last token.
-int Simulator::useful_rows(const StepPlan& plan) const {
+int Simulator::needed_rows(const StepPlan& plan) const {
   const StepRows& rows = buffers_.rows();
-  int useful = 0, logit_row = 0;
+  int needed = 0, logit_row = 0;
   for (size_t s = 0; s < plan.seqs.size(); ++s) {
     const int end = plan.seqs[s].request->max_len();
     for (int row = rows.cu_seqlens_q[s]; row < rows.cu_seqlens_q[s + 1]; ++row) {
@@ -101,16 +101,13 @@ int Simulator::useful_rows(const StepPlan& plan) const {
           logit_row < buffers_.num_logit_rows() && rows.logit_rows[logit_row] == row;
       const bool commits = is_mask && buffers_.candidates().committed[logit_row];
       logit_row += is_mask;
-      useful += rows.positions[row] < end && (commits || !is_mask);
+      needed += rows.positions[row] < end && (commits || !is_mask);
     }
   }
-  return useful;
+  return needed;
 }
 
-double Simulator::step_ms(const StepPlan& plan, const StepResult& result) {
-  StepLoad load = plan.load();
-  load.rows = result.num_rows;
-  if (config_.oracle) load.rows = useful_rows(plan);
+double Simulator::step_ms(const StepLoad& load) {
   double ms = config_.latency.ms(load);
   for (const auto& [from_s, factor] : config_.slowdowns) {
     if (now_s_ >= from_s) ms *= factor;
@@ -137,8 +134,14 @@ bool Simulator::step() {
   fill_confidences(plan);
   cpu::commit_candidates(buffers_.unmask_params(nullptr, ModelConfig{}, buffers_.num_logit_rows()));
   const StepResult result = buffers_.result();
-  const double ms = step_ms(plan, result);
+  StepLoad load = plan.load();
+  load.rows = result.num_rows;
+  const double ms = step_ms(load);
   now_s_ += (ms + config_.host_ms) * 1e-3;
+  StepLoad needed = load;
+  needed.rows = std::max(1, needed_rows(plan));
+  const double share = config_.latency.ms(needed) / config_.latency.ms(load);
+  spared_s_ += std::max(0.0, 1 - share) * ms * 1e-3;  // more rows may take less time
   const StepOutput output = core_.update(result, ms, now_s_);
   for (const RequestUpdate& update : output.updates) {
     if (update.finish_reason == FinishReason::none) continue;

@@ -22,8 +22,6 @@ struct SimulatorConfig {
   double outlier_share = 0;      // of steps that take outlier_factor times as long
   double outlier_factor = 10;
   std::vector<std::pair<double, double>> slowdowns;  // (from this second on, time factor)
-  // Evaluate every mask but charge only for rows that turn out to be needed: knows the future.
-  bool oracle = false;
   uint64_t seed = 0;
 };
 
@@ -46,6 +44,9 @@ class Simulator {
   int64_t run(double until_s, int64_t max_steps);
 
   double now_s() const { return now_s_; }
+  // What the same steps would have taken with only the rows that turned out to be needed: the bound
+  // of an oracle that commits what this run commits. At most now_s().
+  double oracle_s() const { return now_s_ - spared_s_; }
   const EngineCore& core() const { return core_; }
   EngineCore& core() { return core_; }
   // Requests that finished since the last call, in the order in which they did.
@@ -60,8 +61,8 @@ class Simulator {
   };
   void admit_arrivals();
   void fill_confidences(const StepPlan& plan);
-  int useful_rows(const StepPlan& plan) const;
-  double step_ms(const StepPlan& plan, const StepResult& result);
+  int needed_rows(const StepPlan& plan) const;
+  double step_ms(const StepLoad& load);
 
   SimulatorConfig config_;
   std::vector<CommitTrace> traces_;
@@ -72,7 +73,7 @@ class Simulator {
   std::unordered_map<uint64_t, int> trace_of_;  // by request id
   std::vector<SimulatedRequest> finished_;
   std::mt19937_64 random_;
-  double now_s_ = 0, last_arrival_s_ = 0;
+  double now_s_ = 0, spared_s_ = 0, last_arrival_s_ = 0;
   uint64_t num_added_ = 0;
 };
 

@@ -357,7 +357,6 @@ class SimulatorConfig:
     outlier_share: float  # of steps that take outlier_factor times as long
     outlier_factor: float
     slowdowns: list[tuple[float, float]]  # (from this second on, time factor)
-    oracle: bool  # evaluate every mask, charge only for those that commit
     seed: int
     def __init__(self) -> None: ...
 
@@ -388,6 +387,10 @@ class Simulator:
 
     @property
     def now_s(self) -> float: ...
+    @property
+    def oracle_s(self) -> float:
+        """What the same steps would have taken with only the rows that turned out to be needed."""
+
     @property
     def num_unfinished(self) -> int: ...
     def step_records(self) -> list[StepRecord]: ...

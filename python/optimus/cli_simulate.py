@@ -41,8 +41,8 @@ def simulate(
         ORACLE,
         SimulatedRow,
         Workload,
+        oracle_row,
         simulate_closed_loop,
-        simulate_oracle,
     )
     from .traces import load_traces
 
@@ -56,12 +56,13 @@ def simulate(
     for load in [parse_positive_int(c, "--concurrency") for c in split_list(concurrency)]:
         count = max(num_requests, 12 * load)
         truth = {"jitter": jitter}
-        for arm in arms:
-            rows.append(
-                simulate_closed_loop(arm, profile, recorded, load, count, workload, simulator=truth)
-            )
+        of_load = [
+            simulate_closed_loop(arm, profile, recorded, load, count, workload, simulator=truth)
+            for arm in arms
+        ]
+        rows += of_load
         if ORACLE in names:
-            rows.append(simulate_oracle(profile, recorded, load, count, workload, simulator=truth))
+            rows.append(oracle_row(of_load))
     table = Table(title=f"simulated, {curve}", box=None)
     for column in ("load", "mode", "tok/s", "ms/step", "rows/step", "tok/fwd", "rows/tok"):
         table.add_column(column, justify="left" if column == "mode" else "right")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .arms import Arm
@@ -41,6 +41,7 @@ class Workload:
 class SimulatedRow:
     """One arm at one load. Tokens and seconds over the whole run, warm-up and tail included.
 
+    oracle_seconds: of the same steps with only the rows that turned out to be needed.
     wall_s: seconds the simulation itself took. chunk_histogram: masks evaluated by a request in a
     step -> steps.
     """
@@ -56,6 +57,7 @@ class SimulatedRow:
     rows_per_step: float
     tokens_per_forward: float
     rows_per_token: float
+    oracle_seconds: float
     wall_s: float
     chunk_histogram: dict[int, int] = field(default_factory=dict)
 
@@ -105,17 +107,14 @@ def simulate_closed_loop(
     num_requests: int,
     workload: Workload | None = None,
     *,
-    oracle: bool = False,
     log: list[_C.StepRecord] | None = None,
     simulator: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> SimulatedRow:
     """`num_requests` requests, `concurrency` of them at a time.
 
-    curve: what steps take, and what the engine believes at the start. oracle: charge only for rows
-    that turn out to be needed.
-    log: receives the step records. simulator, engine: further SimulatorConfig and EngineConfig
-    fields.
+    curve: what steps take, and what the engine believes at the start. log: receives the step
+    records. simulator, engine: further SimulatorConfig and EngineConfig fields.
     """
     from .native import _C
 
@@ -133,7 +132,7 @@ def simulate_closed_loop(
         arm, max_num_seqs=concurrency, max_model_len=max_model_len,
         step_log_size=1 << 22 if log is not None else 0, **engine,
     )  # fmt: skip
-    config.latency, config.oracle, config.seed = curve, oracle, workload.seed
+    config.latency, config.seed = curve, workload.seed
     for name, value in (simulator or {}).items():
         getattr(config, name)
         setattr(config, name, value)
@@ -144,33 +143,22 @@ def simulate_closed_loop(
     wall_s = time.perf_counter() - start
     if log is not None:
         log.extend(loop.step_records())
-    return _row(ORACLE if oracle else arm.name, concurrency, loop, num_steps, wall_s)
+    return _row(arm.name, concurrency, loop, num_steps, wall_s)
 
 
-def simulate_oracle(
-    curve: _C.LatencyProfile,
-    traces: Sequence[Trace],
-    concurrency: int,
-    num_requests: int,
-    workload: Workload | None = None,
-    *,
-    simulator: Mapping[str, Any] | None = None,
-    **engine: Any,
-) -> SimulatedRow:
-    """The best that can be made of the recorded confidences: every way of decoding, charged only
-    for the rows that turned out to be needed; the fastest of them. (Not just whole blocks: what a
-    request commits when nothing is certain depends on which masks it looks at.)
+def oracle_row(rows: Sequence[SimulatedRow]) -> SimulatedRow:
+    """The best that can be made of the recorded confidences at one load, from what arms made of
+    them: every arm charged only for the rows that turned out to be needed; the fastest of them.
+    No arm is faster: it would have to do what it did, and more.
     """
-    arms = [Arm(f"chunk:{c}", "chunk", c) for c in (1, 2, 4, 8, 16, 32)]
-    arms += [Arm(mode, mode) for mode in ("elastic", "elastic_per_request")]
-    rows = [
-        simulate_closed_loop(
-            arm, curve, traces, concurrency, num_requests, workload, oracle=True,
-            simulator=simulator, **engine,
-        )
-        for arm in arms
-    ]  # fmt: skip
-    return max(rows, key=lambda row: row.tokens_per_second)
+    best = max(rows, key=lambda row: row.num_tokens / row.oracle_seconds)
+    return replace(
+        best,
+        mode=ORACLE,
+        seconds=best.oracle_seconds,
+        tokens_per_second=best.num_tokens / best.oracle_seconds,
+        ms_per_step=best.oracle_seconds * 1e3 / max(1, best.num_steps),
+    )
 
 
 def _add_requests(
@@ -219,6 +207,7 @@ def _row(
         rows_per_step=(decode_rows + prefill_rows) / max(1, num_steps),
         tokens_per_forward=num_tokens / max(1, sum(r.metrics.nfe for r in finished)),
         rows_per_token=decode_rows / max(1, num_tokens),
+        oracle_seconds=loop.oracle_s,
         wall_s=wall_s,
         chunk_histogram=dict(sorted(histogram.items())),
     )

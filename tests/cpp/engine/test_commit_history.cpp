@@ -35,6 +35,44 @@ TEST(CommitHistory, ConfidenceOfMasksThatWereNotEvaluatedIsUnseen) {
   EXPECT_EQ(MaskHistory().confidence_of(0), MaskHistory::kUnseen);
 }
 
+TEST(CommitHistory, PaceFollowsTheLastSteps) {
+  MaskHistory easy, hard;
+  for (int step = 0; step < 20; ++step) {
+    easy.advance_pace(8);
+    hard.advance_pace(1);
+  }
+  EXPECT_NEAR(easy.pace, 8, 0.1);
+  EXPECT_NEAR(hard.pace, 1, 0.1);
+}
+
+// Two kinds of requests whose last steps look alike: only their pace, or what is known behind the
+// first mask, tells them apart.
+TEST(CommitHistory, TellsRequestsApartByPaceAndByWhatIsKnownAhead) {
+  for (bool by_pace : {true, false}) {
+    CommitModel model(32);
+    const int context = add_context(model);
+    Rng rng(5);
+    std::uniform_real_distribution<double> uniform;
+    MaskHistory easy = unseen(8, 4), hard = easy;
+    if (by_pace) {
+      easy.pace = 7;
+    } else {
+      easy.num_known_ahead = 4;
+    }
+    for (int i = 0; i < 4000; ++i) {
+      model.observe(context, 3, easy, uniform(rng) < 0.9);
+      model.observe(context, 3, hard, uniform(rng) < 0.2);
+    }
+    std::vector<float> table;
+    model.history_table(context, table);
+    for (const auto& [history, expected] : {std::pair(easy, 0.9), std::pair(hard, 0.2)}) {
+      EXPECT_NEAR(model.probability(context, 3, history), expected, 0.05);
+      EXPECT_NEAR(CommitModel::lookup(table, 3, history), model.probability(context, 3, history),
+                  1e-5);
+    }
+  }
+}
+
 // A mask commits with a probability that is a step function of its last confidence: the steps of
 // the truth are those of the bins, and every bin is met with several confidences.
 double truth(float confidence) {

@@ -214,13 +214,19 @@ TEST(SimulatorAdversarial, SlowStepsNowAndThen) {
       return rows;
     };
     std::vector<Load> loads(32);
-    const Result calm = run(config, loads);
-    config.outlier_share = 0.05;
-    config.outlier_factor = 100;
-    const Result rough = run(config, loads);
-    EXPECT_GT(rough.seconds, 2 * calm.seconds);
+    double calm_rows = 0, rough_rows = 0;  // of several runs: a single one may take another turn
+    for (unsigned seed = 1; seed <= 8; ++seed) {
+      config.outlier_share = 0;
+      const Result calm = run(config, loads, seed);
+      config.outlier_share = 0.05;
+      config.outlier_factor = 100;
+      const Result rough = run(config, loads, seed);
+      EXPECT_GT(rough.seconds, 2 * calm.seconds);
+      calm_rows += decode_rows(calm);
+      rough_rows += decode_rows(rough);
+    }
     // What was chosen did not change much.
-    EXPECT_NEAR(decode_rows(rough), decode_rows(calm), 0.1 * decode_rows(calm));
+    EXPECT_NEAR(rough_rows, calm_rows, 0.05 * calm_rows);
   });
 }
 
