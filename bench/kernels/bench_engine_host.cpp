@@ -125,11 +125,14 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-void between_steps(benchmark::State& state, DecodeMode mode) {
+void between_steps(benchmark::State& state, DecodeMode mode, bool is_cold) {
+  constexpr size_t kCacheBytes = 64 << 20, kLine = 64;
+  std::vector<char> others(is_cold ? kCacheBytes : 0);
   Loop loop(mode, static_cast<int>(state.range(0)));
   for (int i = 0; i < 100; ++i) loop.step();
   std::vector<double> update, plan, write, sum;
   for (auto _ : state) {
+    for (size_t i = 0; i < others.size(); i += kLine) benchmark::DoNotOptimize(++others[i]);
     const Loop::Times times = loop.step();
     update.push_back(times.update_us);
     plan.push_back(times.plan_us);
@@ -143,17 +146,26 @@ void between_steps(benchmark::State& state, DecodeMode mode) {
   state.counters["median"] = median(sum);
 }
 
-void arguments(benchmark::internal::Benchmark* bench) {
+void warm(benchmark::internal::Benchmark* bench) {
   for (int count : {1, 16, 128, 256}) bench->Arg(count);
   bench->Unit(benchmark::kMicrosecond)->UseManualTime()->Iterations(1000);
 }
+void cold(benchmark::internal::Benchmark* bench) {
+  for (int count : {1, 128}) bench->Arg(count);
+  bench->Unit(benchmark::kMicrosecond)->UseManualTime()->Iterations(200);
+}
 
-BENCHMARK_CAPTURE(between_steps, ar, DecodeMode::ar)->Apply(arguments);
-BENCHMARK_CAPTURE(between_steps, chunk_4, DecodeMode::chunk)->Apply(arguments);
-BENCHMARK_CAPTURE(between_steps, block, DecodeMode::block)->Apply(arguments);
-BENCHMARK_CAPTURE(between_steps, elastic, DecodeMode::elastic)->Apply(arguments);
-BENCHMARK_CAPTURE(between_steps, elastic_per_request, DecodeMode::elastic_per_request)
-    ->Apply(arguments);
+BENCHMARK_CAPTURE(between_steps, ar, DecodeMode::ar, false)->Apply(warm);
+BENCHMARK_CAPTURE(between_steps, chunk_4, DecodeMode::chunk, false)->Apply(warm);
+BENCHMARK_CAPTURE(between_steps, block, DecodeMode::block, false)->Apply(warm);
+BENCHMARK_CAPTURE(between_steps, elastic, DecodeMode::elastic, false)->Apply(warm);
+BENCHMARK_CAPTURE(between_steps, elastic_per_request, DecodeMode::elastic_per_request, false)
+    ->Apply(warm);
+BENCHMARK_CAPTURE(between_steps, ar_cold, DecodeMode::ar, true)->Apply(cold);
+BENCHMARK_CAPTURE(between_steps, chunk_4_cold, DecodeMode::chunk, true)->Apply(cold);
+BENCHMARK_CAPTURE(between_steps, elastic_cold, DecodeMode::elastic, true)->Apply(cold);
+BENCHMARK_CAPTURE(between_steps, elastic_per_request_cold, DecodeMode::elastic_per_request, true)
+    ->Apply(cold);
 
 }  // namespace
 }  // namespace optimus
