@@ -46,14 +46,14 @@ def _ar_wins(results: list[Result]) -> str:
 def sweeps_table(report: Result) -> str:
     """One line per sweep: against the best fixed chunk length, AR and fixed blocks."""
     lines = [
-        "| curve, requests | elastic / best fixed | per request / best fixed | oracle / best fixed "
-        "| elastic / AR, most | elastic / block, most | AR wins at |",
+        "| curve, requests | elastic / best fixed | per request / best fixed "
+        "| oracle of chunks / best fixed | elastic / AR, most | elastic / block, most | AR wins at |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, results in report["sweeps"].items():
         columns = [
             _range([r[f"{key}_vs_best"] for r in results])
-            for key in ("elastic", "per_request", "oracle")
+            for key in ("elastic", "per_request", "chunk_oracle")
         ]
         columns += [_largest(results, "elastic_vs_ar"), _largest(results, "elastic_vs_block")]
         lines.append(f"| {name} | {' | '.join(columns)} | {_ar_wins(results)} |")

@@ -123,8 +123,7 @@ class ChunkPolicy {
                 const LatencyModel& latency, const CommitModel& commits, ChunkDecision& decision);
   void set_range(Group& group, bool refresh) const;
   // `none`: probability that no mask before `first` is accepted.
-  void open_segments(const RequestLoad& load, const Group& group, int first, int last,
-                     float none);
+  void open_segments(const RequestLoad& load, const Group& group, int first, int last, float none);
 
   ChunkPolicyConfig config_;
   int current_ = -1;  // index into arms_, -1 = none

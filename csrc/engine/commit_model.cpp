@@ -20,7 +20,7 @@ constexpr double kIdleHalfLife = 600;    // steps without one
 constexpr double kYieldWeight = 8;       // steps the prior is worth
 constexpr double kMaxScale = 4;          // of the prior's odds, either way
 constexpr double kScaleWeight = 128;     // masks it takes to believe half of what was seen
-constexpr double kHalfLife = 4096;       // observations of a rank or a history cell
+constexpr double kHalfLife = 1024;       // observations of a rank or a history cell
 constexpr int kMaxContexts = 16;
 constexpr float kSameThreshold = 0.0025f;
 constexpr int kFirstRank[] = {0, 1, 2, 3, 4, 6, 9, 14, 20};  // of each rank bin
@@ -215,7 +215,8 @@ void CommitModel::history_table(int context, std::vector<float>& table) const {
     for (int paced = seen * kPaces; paced < (seen + 1) * kPaces; ++paced) {
       const float by_pace = blend(c.by_pace[paced], by_kind);
       for (int ahead = 0; ahead < kAhead; ++ahead) {
-        *to++ = blend(c.by_cell[paced * kAhead + ahead], by_pace);
+        const Counts& counts = c.by_cell[paced * kAhead + ahead];
+        *to++ = std::min(1.0f, blend(counts, by_pace + kDoubt));
       }
     }
   }

@@ -12,6 +12,7 @@
 //                makes when its rule accepts nothing does not count.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -29,8 +30,12 @@ struct MaskHistory {
   int num_known_ahead = 0;  // positions of the block that are known though a mask precedes them
   float pace = 2.0f;        // commits of a step, the request's recent ones: easy answers stay easy
 
-  // After a step: `accepted` masks of it.
-  void advance_pace(int accepted) { pace += 0.3f * (static_cast<float>(accepted) - pace); }
+  // After a step. Where all masks committed, more might have: that does not lower the pace.
+  void advance_pace() {
+    const float seen = static_cast<float>(num_committed);
+    const bool is_bound = num_committed < num_evaluated;
+    pace += 0.3f * ((is_bound ? seen : std::max(pace, seen + 1)) - pace);
+  }
 
   float confidence_of(int rank) const {
     return rank < static_cast<int>(confidence.size()) ? confidence[rank] : kUnseen;
@@ -63,7 +68,9 @@ class CommitModel {
   // P(commit | rank, history); `rank` in [0, block_length): 0 is the first evaluated mask.
   double probability(int context, int rank, const MaskHistory& history) const;
   void observe(int context, int rank, const MaskHistory& history, bool committed);
-  // The same for every cell, to look many masks up.
+  // For a policy that looks many masks up: the same for every cell, with the benefit of the doubt
+  // where little was seen (what is not run is not learned): up to kDoubt more.
+  static constexpr float kDoubt = 0.03f;
   void history_table(int context, std::vector<float>& table) const;
   static float lookup(const std::vector<float>& table, int rank, const MaskHistory& history) {
     return table[cell(rank, history)];
@@ -89,7 +96,7 @@ class CommitModel {
   static float blend(const Counts& counts, float prior) {
     return (counts.committed + kPriorWeight * prior) / (counts.evaluated + kPriorWeight);
   }
-  static constexpr float kPriorWeight = 8;  // observations
+  static constexpr float kPriorWeight = 24;  // observations
   // Decayed sums over the steps of requests that decoded with (about) one chunk length.
   struct Lane {
     double commits = 0, masks = 0, steps = 0;

@@ -245,7 +245,7 @@ void EngineCore::learn(Request& request, const SeqPlan& seq, const StepResult& r
   }
   request.history.num_evaluated = last - first;
   request.history.num_committed = num_committed;
-  request.history.advance_pace(num_committed);
+  request.history.advance_pace();
 }
 
 void EngineCore::record_commit(Request& request, int output_idx, OutputToken token,

@@ -130,7 +130,11 @@ def serving(
     json_output: AsJson = False,
 ) -> None:
     """Compare decode modes under arrivals that do not wait: latency, SLO attainment, capacity."""
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
+    given = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in locals().items()
+        if name not in ("output", "json_output")  # where the report goes is not in it
+    }
     from . import display
     from .arms import parse_arm, parse_schedule_text
     from .bench_serving import ServingSetup, bench_serving, serving_capacity, warm_up
