@@ -41,6 +41,24 @@ void bind_latency_profile(py::module_& m) {
           py::arg("rows"), py::arg("prefill_rows") = 0, py::arg("kv_tokens") = 0);
 }
 
+// One list per field of the commits.
+template <class Field>
+auto commit_column(Field field) {
+  return [field](const RequestUpdate& self) {
+    py::list values(self.commits.size());
+    for (size_t i = 0; i < self.commits.size(); ++i) values[i] = field(self.commits[i]);
+    return values;
+  };
+}
+
+py::list finished_ids(const StepOutput& output) {
+  py::list ids;
+  for (const RequestUpdate& update : output.updates) {
+    if (update.finish_reason != FinishReason::none) ids.append(update.id);
+  }
+  return ids;
+}
+
 // One list per field of the output tokens, as Python reads them.
 template <class Field>
 auto output_column(Field OutputToken::*field) {
@@ -128,6 +146,14 @@ void bind_outputs(py::module_& m) {
   py::class_<RequestUpdate>(m, "RequestUpdate")
       .def_readonly("id", &RequestUpdate::id)
       .def_readonly("commits", &RequestUpdate::commits)
+      .def_property_readonly("positions",
+                             commit_column([](const Commit& c) { return c.output_idx; }))
+      .def_property_readonly("token_ids",
+                             commit_column([](const Commit& c) { return c.token.token_id; }))
+      .def_property_readonly("num_forwards",
+                             [](const RequestUpdate& u) {
+                               return u.commits.empty() ? 0 : u.commits.back().token.step;
+                             })
       .def_readonly("num_known", &RequestUpdate::num_known)
       .def_property_readonly("finish_reason",
                              [](const RequestUpdate& u) { return finish_reason(u.finish_reason); });
@@ -166,7 +192,11 @@ void bind_outputs(py::module_& m) {
       .def_readonly("arms", &StepRecord::arms);
   py::class_<StepOutput>(m, "StepOutput")
       .def_readonly("updates", &StepOutput::updates)
-      .def_readonly("record", &StepOutput::record);
+      .def_property_readonly("finished_ids", &finished_ids)
+      // A copy: whoever keeps records does not keep the updates.
+      .def_property_readonly("record", [](const StepOutput& o) { return o.record; })
+      .def_property_readonly(
+          "is_idle", [](const StepOutput& o) { return o.record.rows == 0 && o.updates.empty(); });
   py::class_<Request>(m, "RequestState")
       .def_readonly("id", &Request::id)
       .def_readonly("prompt_token_ids", &Request::prompt)

@@ -54,6 +54,7 @@ CommitModel::CommitModel(int block_length) : block_length_(block_length) {
   OPTIMUS_CHECK(block_length > 0, "[commit_model] block_length must be positive, got ",
                 block_length);
   reliability_by_rank_.resize(block_length);
+  for (int c = 1; c <= block_length; ++c) priors_.push_back(prior_yield(c, block_length));
 }
 
 int CommitModel::context(UnmaskingStrategy strategy, float threshold, int quota) {
@@ -87,27 +88,23 @@ int CommitModel::lane_of(int chunk_length) {
   return lane;
 }
 
-int CommitModel::rank_bin(int rank) {
-  static constexpr int8_t kBins[20] = {0, 1, 2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7};
-  return rank < 20 ? kBins[rank] : kRankBins - 1;
-}
-
 int CommitModel::rank_bin_end(int rank) {
   const int bin = rank_bin(rank);
   return bin == kRankBins - 1 ? kMaxBlockLength : kFirstRank[bin + 1];
 }
 
+CommitModel::Cells::Cells(const MaskHistory& history)
+    : confidence_(history.confidence.data()),
+      num_seen_(static_cast<int>(history.confidence.size())),
+      unseen_kind_(unseen_kind(history)),
+      last_(pace_bin(history.pace) * kAhead + ahead_bin(history.num_known_ahead)) {
+  static_assert(kCells <= UINT16_MAX, "Observation::cell");
+}
+
 // Seen masks by their last confidence; others by how the request's last step went, and by whether
 // the mask enters right behind a row that did not commit.
-int CommitModel::kind(int rank, const MaskHistory& history) {
-  constexpr float kConfidence[] = {0.2f, 0.4f, 0.6f, 0.8f, 0.9f, 0.97f};
+int CommitModel::unseen_kind(const MaskHistory& history) {
   constexpr int kNumSeen = 7;
-  const float confidence = history.confidence_of(rank);
-  if (confidence >= 0) {
-    int bin = 0;
-    while (bin < kNumSeen - 1 && confidence >= kConfidence[bin]) ++bin;
-    return bin;
-  }
   if (history.num_evaluated == 0) return kNumSeen;
   const bool all_committed = history.num_committed == history.num_evaluated;
   if (all_committed) return kNumSeen + (history.num_evaluated >= 4 ? 2 : 1);
@@ -140,7 +137,7 @@ CommitModel::Yield CommitModel::yield(int context, int chunk_length) const {
   check(context, 0, "yield");
   const Context& c = contexts_[context];
   const Lane& lane = c.lanes[lane_of(chunk_length)];
-  const Yield prior = prior_yield(chunk_length, block_length_);
+  const Yield prior = priors_[std::clamp(chunk_length, 1, block_length_) - 1];
   const double most = std::min(chunk_length, block_length_);
   const double fade = idle_fade(lane), weight = fade * lane.steps + kYieldWeight;
   const double expected = prior.masks * expected_share(c, prior.commits / prior.masks);
@@ -162,7 +159,7 @@ void CommitModel::observe_step(int context, int chunk_length, int num_masks, int
   lane.last_step = step_;
   c.commits = c.commits * kDecay + num_commits;
   c.masks = c.masks * kDecay + num_masks;
-  const Yield prior = prior_yield(chunk_length, block_length_);
+  const Yield prior = priors_[std::clamp(chunk_length, 1, block_length_) - 1];
   c.prior_commits = c.prior_commits * kDecay + prior.commits;
   c.prior_masks = c.prior_masks * kDecay + prior.masks;
 }
@@ -188,10 +185,9 @@ float CommitModel::kind_probability(const Context& context, int seen) const {
 }
 
 int CommitModel::pace_bin(float pace) {
-  constexpr float kBounds[kPaces - 1] = {1.5f, 2.0f, 3.0f, 4.0f, 6.0f, 9.0f};
-  int bin = 0;
-  while (bin < kPaces - 1 && pace >= kBounds[bin]) ++bin;
-  return bin;
+  static_assert(kPaces == 7, "one bin more than bounds");
+  return (pace >= 1.5f) + (pace >= 2.0f) + (pace >= 3.0f) + (pace >= 4.0f) + (pace >= 6.0f) +
+         (pace >= 9.0f);
 }
 
 int CommitModel::ahead_bin(int num_known_ahead) {
@@ -200,9 +196,12 @@ int CommitModel::ahead_bin(int num_known_ahead) {
 
 double CommitModel::probability(int context, int rank, const MaskHistory& history) const {
   check(context, rank, "probability");
-  const Context& c = contexts_[context];
-  const int at = cell(rank, history), paced = at / kAhead, seen = paced / kPaces;
-  return blend(c.by_cell[at], blend(c.by_pace[paced], kind_probability(c, seen)));
+  return cell_probability(contexts_[context], Cells(history)[rank]);
+}
+
+double CommitModel::cell_probability(const Context& c, int cell) const {
+  const int paced = cell / kAhead, seen = paced / kPaces;
+  return blend(c.by_cell[cell], blend(c.by_pace[paced], kind_probability(c, seen)));
 }
 
 void CommitModel::history_table(int context, std::vector<float>& table) const {
@@ -223,20 +222,30 @@ void CommitModel::history_table(int context, std::vector<float>& table) const {
 }
 
 void CommitModel::observe(int context, int rank, const MaskHistory& history, bool committed) {
+  check(context, rank, "observe");
+  observe(contexts_[context], rank, {static_cast<uint16_t>(Cells(history)[rank]), committed});
+}
+
+void CommitModel::observe(int context, const Observation* masks, int count) {
+  if (count == 0) return;
+  check(context, count - 1, "observe");
+  for (int rank = 0; rank < count; ++rank) observe(contexts_[context], rank, masks[rank]);
+}
+
+void CommitModel::observe(Context& c, int rank, const Observation& mask) {
   static const float kDecay = static_cast<float>(std::exp2(-1.0 / kHalfLife));
-  const double predicted = probability(context, rank, history);
+  const int at = mask.cell;
+  const double predicted = cell_probability(c, at);
   const int bin = std::min(static_cast<int>(predicted * kReliabilityBins), kReliabilityBins - 1);
   for (Reliability* r : {&reliability_[bin], &reliability_by_rank_[rank]}) {
     r->predicted += predicted;
-    r->committed += committed;
+    r->committed += mask.committed;
     r->count += 1;
   }
-  Context& c = contexts_[context];
-  const int at = cell(rank, history);
   for (Counts* counts : {&c.by_rank[rank], &c.by_kind[at / kAhead / kPaces],
                          &c.by_pace[at / kAhead], &c.by_cell[at]}) {
     counts->evaluated = counts->evaluated * kDecay + 1.0f;
-    counts->committed = counts->committed * kDecay + (committed ? 1.0f : 0.0f);
+    counts->committed = counts->committed * kDecay + (mask.committed ? 1.0f : 0.0f);
   }
 }
 

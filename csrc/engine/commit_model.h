@@ -68,12 +68,33 @@ class CommitModel {
   // P(commit | rank, history); `rank` in [0, block_length): 0 is the first evaluated mask.
   double probability(int context, int rank, const MaskHistory& history) const;
   void observe(int context, int rank, const MaskHistory& history, bool committed);
+  // Where observations of a request's masks are counted: an index for each rank.
+  class Cells {
+   public:
+    explicit Cells(const MaskHistory& history);
+    int operator[](int rank) const {
+      const float confidence = rank < num_seen_ ? confidence_[rank] : MaskHistory::kUnseen;
+      const int kind = confidence >= 0 ? seen_kind(confidence) : unseen_kind_;
+      return (rank_bin(rank) * kKinds + kind) * kPaces * kAhead + last_;
+    }
+
+   private:
+    const float* confidence_;
+    int num_seen_, unseen_kind_, last_;
+  };
+  // A mask of a step: its cell before, and what became of it.
+  struct Observation {
+    uint16_t cell;
+    bool committed;
+  };
+  // Of a request's first `count` masks, in order.
+  void observe(int context, const Observation* masks, int count);
   // For a policy that looks many masks up: the same for every cell, with the benefit of the doubt
   // where little was seen (what is not run is not learned): up to kDoubt more.
   static constexpr float kDoubt = 0.03f;
   void history_table(int context, std::vector<float>& table) const;
   static float lookup(const std::vector<float>& table, int rank, const MaskHistory& history) {
-    return table[cell(rank, history)];
+    return table[Cells(history)[rank]];
   }
   // First rank behind those that share a rank bin with `rank`.
   static int rank_bin_end(int rank);
@@ -119,22 +140,29 @@ class CommitModel {
     std::array<Counts, kCells> by_cell{};
   };
   static int lane_of(int chunk_length);
-  static int rank_bin(int rank);
-  static int kind(int rank, const MaskHistory& history);
+  static int rank_bin(int rank) {
+    constexpr int8_t kBins[20] = {0, 1, 2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7};
+    return rank < 20 ? kBins[rank] : kRankBins - 1;
+  }
+  // Without branches: which bin it is, nobody can predict.
+  static int seen_kind(float confidence) {
+    return (confidence >= 0.2f) + (confidence >= 0.4f) + (confidence >= 0.6f) +
+           (confidence >= 0.8f) + (confidence >= 0.9f) + (confidence >= 0.97f);
+  }
+  static int unseen_kind(const MaskHistory& history);
   static int pace_bin(float pace);
   static int ahead_bin(int num_known_ahead);
-  static int cell(int rank, const MaskHistory& history) {
-    const int seen = rank_bin(rank) * kKinds + kind(rank, history);
-    return (seen * kPaces + pace_bin(history.pace)) * kAhead + ahead_bin(history.num_known_ahead);
-  }
   double idle_fade(const Lane& lane) const;
   double expected_share(const Context& context, double prior_share) const;
   double rank_probability(const Context& context, int rank) const;
   float kind_probability(const Context& context, int seen) const;
+  double cell_probability(const Context& context, int cell) const;
+  void observe(Context& context, int rank, const Observation& mask);
   void check(int context, int rank, const char* what) const;
 
   int block_length_;
   uint64_t step_ = 0;
+  std::vector<Yield> priors_;  // by chunk length, 1..block_length
   std::vector<Context> contexts_;
   std::array<Reliability, kReliabilityBins> reliability_{};
   std::vector<Reliability> reliability_by_rank_;

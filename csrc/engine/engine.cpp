@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "core/check.h"
 
@@ -60,28 +61,29 @@ bool Engine::start_step() {
   return true;
 }
 
-StepOutput Engine::finish_step() {
+void Engine::finish_step() {
+  if (runner_.device() == Device::cuda) core_.prefetch();
   const StepResult result = runner_.finish();
   is_started_ = false;
-  return core_.update(result, runner_.step_ms(), now_s());
+  core_.apply(result, runner_.step_ms(), now_s());
 }
 
 StepOutput Engine::step() {
-  StepOutput output;
-  if (settled_.has_value()) {
-    output = std::move(*settled_);
-    settled_.reset();
-  } else {
+  const bool keeps_ahead = runner_.device() == Device::cuda;
+  std::optional<StepOutput> settled = std::exchange(settled_, std::nullopt);
+  if (!settled.has_value()) {
     if (!is_started_ && !start_step()) return {};
-    output = finish_step();
+    finish_step();
   }
-  if (runner_.device() == Device::cuda && core_.has_unfinished()) start_step();
-  return output;
+  if (keeps_ahead && core_.has_unfinished()) start_step();
+  return settled.has_value() ? std::move(*settled) : core_.report();
 }
 
 // No step is on the device after it, so that requests may go.
 void Engine::settle() {
-  if (is_started_) settled_ = finish_step();
+  if (!is_started_) return;
+  finish_step();
+  settled_ = core_.report();
 }
 
 void Engine::stop_request(uint64_t id, int num_tokens) {

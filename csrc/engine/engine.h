@@ -53,8 +53,8 @@ class Engine {
 
  private:
   class ProfilePages;
-  bool start_step();  // false: nothing to do
-  StepOutput finish_step();
+  bool start_step();   // false: nothing to do
+  void finish_step();  // to core_.report()
   void settle();
   std::vector<int> profile_rows() const;
   double median_ms(int rows, int num_seqs, int context, bool with_logits, int repeats,

@@ -94,31 +94,83 @@ const StepPlan& EngineCore::plan(double now_s) {
   return *plan_;
 }
 
-StepOutput EngineCore::update(const StepResult& result, double forward_ms, double now_s) {
+void EngineCore::apply(const StepResult& result, double forward_ms, double now_s) {
   OPTIMUS_INVARIANT(plan_ != nullptr && !plan_->seqs.empty(), "update without a plan");
   advance_clock(now_s);
-  StepOutput output;
+  changes_.clear();
+  new_commits_.clear();
+  observations_.clear();
+  record_ = {};
   int logit_row = 0;
   for (const SeqPlan& seq : plan_->seqs) {
     if (seq.prefill_len > 0) {
       update_prefill(seq);
-      continue;
+    } else {
+      logit_row += update_decode(seq, result, logit_row);
     }
-    RequestUpdate update;
-    logit_row += update_decode(seq, result, logit_row, update);
-    output.record.commits += static_cast<int>(update.commits.size());
-    output.updates.push_back(std::move(update));
   }
-  commits_.advance();
-  scheduler_.observe(output.record.commits, forward_ms + latency_.overhead_ms());
+  record_.commits = static_cast<int>(new_commits_.size());
+  if (config_.is_elastic()) learn();  // or nobody asks the commit model before the next step
+  scheduler_.observe(record_.commits, forward_ms + latency_.overhead_ms());
   latency_.observe(plan_->load(), forward_ms);
   // Steps that follow each other at once: what the forward does not explain is host work.
   if (last_end_s_ >= 0) latency_.observe_overhead((now_s_ - last_end_s_) * 1e3 - forward_ms);
   last_end_s_ = num_unfinished_ > 0 ? now_s_ : -1;
-  write_record(result, forward_ms, output.record);
-  log_.push(output.record);
+  write_record(result, forward_ms, record_);
   plan_ = nullptr;
+}
+
+StepOutput EngineCore::report() {
+  if (!config_.is_elastic()) learn();
+  StepOutput output;
+  output.updates.reserve(changes_.size());
+  auto commit = new_commits_.cbegin();
+  for (const Change& change : changes_) {
+    change.request->metrics.chunk_histogram[change.num_masks] += 1;
+    output.updates.push_back({change.request->id,
+                              {commit, commit + change.num_commits},
+                              change.num_known,
+                              change.reason});
+    commit += change.num_commits;
+  }
+  log_.push(record_);
+  output.record = std::move(record_);
   return output;
+}
+
+void EngineCore::learn() {
+  if (config_.decode_mode == DecodeMode::ar) return;
+  const CommitModel::Observation* masks = observations_.data();
+  for (const Change& change : changes_) {
+    const int context = change.request->commit_context;
+    commits_.observe(context, masks, change.num_masks);
+    if (has_usual_chunks()) {
+      commits_.observe_step(context, change.chunk_length, change.num_masks, change.num_committed);
+    }
+    if (change.num_wasted > 0) {
+      commits_.observe_waste(context, change.chunk_length, change.num_wasted);
+    }
+    masks += change.num_masks;
+  }
+  commits_.advance();
+}
+
+void EngineCore::prefetch() const {
+  constexpr size_t kLine = 64;
+  const auto fetch = [](const void* data, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += kLine) {
+      __builtin_prefetch(static_cast<const char*>(data) + i);
+    }
+  };
+  if (plan_ == nullptr) return;
+  fetch(plan_->seqs.data(), plan_->seqs.size() * sizeof(SeqPlan));
+  for (const SeqPlan& seq : plan_->seqs) fetch(seq.request, sizeof(Request));
+  for (const SeqPlan& seq : plan_->seqs) {
+    const Request& request = *seq.request;
+    fetch(request.output.data() + request.num_known, 2 * kLine);
+    fetch(request.history.confidence.data(), 2 * kLine);
+    fetch(request.pages.data(), request.pages.size() * sizeof(int32_t));
+  }
 }
 
 void EngineCore::write_record(const StepResult& result, double forward_ms, StepRecord& record) {
@@ -165,14 +217,12 @@ void EngineCore::update_prefill(const SeqPlan& seq) {
   if (request.num_computed == request.prefill_target) scheduler_.begin_decode(&request);
 }
 
-int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int first,
-                              RequestUpdate& update) {
+int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int first) {
   Request& request = *seq.request;
   const int slot = request.slot, grid = config_.grid();
   int last = first;
   while (last < result.num_logit_rows && result.logit_slots[last] == slot) ++last;
   request.metrics.nfe += 1;
-  request.metrics.chunk_histogram[last - first] += 1;
   request.metrics.decode_rows += scheduler_.decode_rows(request, seq.chunk_length, seq.refresh);
 
   // The step fed the previous block (ar: the last token) in a clean context: its KV is clean.
@@ -182,13 +232,15 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
     scheduler_.cache_clean_pages(&request);
   }
   request.previous_block_pending = result.block_start[slot] != request.block_start;
-  learn(request, seq, result, first, last);
+  Change change{&request, last - first, 0, 0, seq.chunk_length, 0, 0, FinishReason::none};
+  look_at(request, seq, result, first, last, change);
+  const size_t num_before = new_commits_.size();
   for (int i = first; i < last; ++i) {
     if (!result.candidates.committed[i]) continue;
     OutputToken token{result.candidates.token_ids[i], result.candidates.logprob[i],
                       result.candidates.confidence[i], request.metrics.nfe};
     int output_idx = request.block_start + result.logit_offsets[i] - request.prompt_len();
-    record_commit(request, output_idx, token, update);
+    record_commit(request, output_idx, token);
   }
   if (request.previous_block_pending) request.replays_block = false;
   request.block_start = request.num_computed = result.block_start[slot];
@@ -199,21 +251,27 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
   const int first_mask = request.prompt_len() + request.num_known;
   request.history.num_known_ahead =
       std::max(0, request.block_start + grid - first_mask - request.num_masked);
-  update.id = request.id;
-  update.num_known = request.num_known;
-  update.finish_reason = reason;
   if (reason != FinishReason::none) {
     auto beyond_end = [&](const Commit& c) { return c.output_idx >= request.num_known; };
-    update.commits.erase(std::remove_if(update.commits.begin(), update.commits.end(), beyond_end),
-                         update.commits.end());
-    finish(request, reason);
+    new_commits_.erase(
+        std::remove_if(new_commits_.begin() + num_before, new_commits_.end(), beyond_end),
+        new_commits_.end());
+    change.num_wasted = finish(request, reason);
   }
+  change.num_commits = static_cast<int>(new_commits_.size() - num_before);
+  change.num_known = request.num_known;
+  change.reason = reason;
+  changes_.push_back(change);
   return last - first;
 }
 
-void EngineCore::learn(Request& request, const SeqPlan& seq, const StepResult& result, int first,
-                       int last) {
-  const bool decodes_blocks = config_.decode_mode != DecodeMode::ar;
+bool EngineCore::has_usual_chunks() const {
+  return config_.decode_mode != DecodeMode::ar &&
+         config_.decode_mode != DecodeMode::elastic_per_request;
+}
+
+void EngineCore::look_at(Request& request, const SeqPlan& seq, const StepResult& result, int first,
+                         int last, Change& change) {
   const Candidates& candidates = result.candidates;
   const int num_committed =
       static_cast<int>(std::count_if(candidates.committed + first, candidates.committed + last,
@@ -223,13 +281,13 @@ void EngineCore::learn(Request& request, const SeqPlan& seq, const StepResult& r
   const float needed = num_committed > 1 ? -1.0f
                        : by_threshold    ? request.params.confidence_threshold
                                          : 1.0f;
-  for (int i = first; i < last && decodes_blocks; ++i) {
+  const CommitModel::Cells cells(request.history);
+  for (int i = first; i < last && config_.decode_mode != DecodeMode::ar; ++i) {
     const bool accepted = candidates.committed[i] && candidates.confidence[i] > needed;
-    commits_.observe(request.commit_context, i - first, request.history, accepted);
+    observations_.push_back({static_cast<uint16_t>(cells[i - first]), accepted});
   }
-  // Rows by marginal gain have no usual chunk length: small ones go to requests in hard stretches.
-  if (decodes_blocks && config_.decode_mode != DecodeMode::elastic_per_request) {
-    commits_.observe_step(request.commit_context, seq.chunk_length, last - first, num_committed);
+  change.num_committed = num_committed;
+  if (has_usual_chunks()) {
     request.num_learned_commits += num_committed;
     request.last_chunk_length = seq.chunk_length;
   }
@@ -248,8 +306,7 @@ void EngineCore::learn(Request& request, const SeqPlan& seq, const StepResult& r
   request.history.advance_pace();
 }
 
-void EngineCore::record_commit(Request& request, int output_idx, OutputToken token,
-                               RequestUpdate& update) {
+void EngineCore::record_commit(Request& request, int output_idx, OutputToken token) {
   if (output_idx >= request.params.max_tokens) return;  // the block's last positions
   if (output_idx >= static_cast<int>(request.output.size())) {
     request.output.resize(output_idx + 1);
@@ -257,7 +314,7 @@ void EngineCore::record_commit(Request& request, int output_idx, OutputToken tok
   OutputToken& known = request.output[output_idx];
   if (known.step != 0) return;  // decoded again after a preemption: the same token
   known = token;
-  update.commits.push_back({output_idx, token});
+  new_commits_.push_back({output_idx, token});
   if (request.metrics.first_token_s == 0) request.metrics.first_token_s = now_s_;
 }
 
@@ -274,17 +331,21 @@ FinishReason EngineCore::check_finished(Request& request) {
   return FinishReason::none;
 }
 
-void EngineCore::finish(Request& request, FinishReason reason) {
+int EngineCore::finish(Request& request, FinishReason reason) {
   scheduler_.remove(&request);
-  const int wasted = request.num_learned_commits - request.num_known;
-  if (wasted > 0) {
-    commits_.observe_waste(request.commit_context, request.last_chunk_length, wasted);
-  }
   request.output.resize(std::min<size_t>(request.output.size(), request.num_known));
   request.status = RequestStatus::finished;
   request.finish_reason = reason;
   request.metrics.finish_s = now_s_;
   --num_unfinished_;
+  return request.num_learned_commits - request.num_known;
+}
+
+void EngineCore::finish_at_once(Request& request, FinishReason reason) {
+  const int wasted = finish(request, reason);
+  if (wasted > 0) {
+    commits_.observe_waste(request.commit_context, request.last_chunk_length, wasted);
+  }
 }
 
 Request& EngineCore::find(uint64_t id, const char* what) {
@@ -305,7 +366,7 @@ void EngineCore::stop_request(uint64_t id, int num_tokens, double now_s) {
                 num_tokens);
   request.num_known = num_tokens;
   if (request.status != RequestStatus::finished) {
-    finish(request, FinishReason::stop);
+    finish_at_once(request, FinishReason::stop);
   } else {
     request.output.resize(num_tokens);
     request.finish_reason = FinishReason::stop;
@@ -315,7 +376,7 @@ void EngineCore::stop_request(uint64_t id, int num_tokens, double now_s) {
 void EngineCore::abort(uint64_t id, double now_s) {
   advance_clock(now_s);
   Request& request = find(id, "abort");
-  if (request.status != RequestStatus::finished) finish(request, FinishReason::abort);
+  if (request.status != RequestStatus::finished) finish_at_once(request, FinishReason::abort);
 }
 
 void EngineCore::release(uint64_t id) {

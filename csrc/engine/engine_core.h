@@ -23,7 +23,17 @@ class EngineCore {
   // The next step; no sequences = nothing to do. Then either update() or another plan().
   const StepPlan& plan(double now_s);
   // What came of the plan: `forward_ms` its run took, `now_s` when it was done.
-  StepOutput update(const StepResult& result, double forward_ms, double now_s);
+  StepOutput update(const StepResult& result, double forward_ms, double now_s) {
+    apply(result, forward_ms, now_s);
+    return report();
+  }
+  // The same in two halves: first what the next plan depends on, then what others learn of the
+  // step. The next step may be planned and started in between.
+  void apply(const StepResult& result, double forward_ms, double now_s);
+  StepOutput report();
+  // Brings what apply() and plan() will read back into the caches: since the plan was made, the
+  // caller's work has taken its place there.
+  void prefetch() const;
 
   bool has_unfinished() const { return num_unfinished_ > 0; }
   int num_unfinished() const { return num_unfinished_; }
@@ -43,18 +53,32 @@ class EngineCore {
   void check_idle(const char* what) const;
 
  private:
+  // What apply() did to a request that decodes.
+  struct Change {
+    Request* request;
+    int num_masks, num_committed, num_commits;  // rows; of those committed; of those new to it
+    int chunk_length, num_wasted;
+    int num_known;
+    FinishReason reason;
+  };
   void check_prompt(const std::vector<int32_t>& prompt) const;
   Request& find(uint64_t id, const char* what);
   double advance_clock(double now_s);
   void update_prefill(const SeqPlan& seq);
   // Returns the number of logits rows of the sequence.
-  int update_decode(const SeqPlan& seq, const StepResult& result, int first_logit_row,
-                    RequestUpdate& update);
-  // Tells the commit model what became of rows [first, last), and the request what they said.
-  void learn(Request& request, const SeqPlan& seq, const StepResult& result, int first, int last);
-  void record_commit(Request& request, int output_idx, OutputToken token, RequestUpdate& update);
+  int update_decode(const SeqPlan& seq, const StepResult& result, int first_logit_row);
+  // Notes what became of rows [first, last), for the commit model, and what they said, for the
+  // request.
+  void look_at(Request& request, const SeqPlan& seq, const StepResult& result, int first, int last,
+               Change& change);
+  void learn();  // of all that was noted
+  // Rows by marginal gain have none: small ones go to requests in hard stretches.
+  bool has_usual_chunks() const;
+  void record_commit(Request& request, int output_idx, OutputToken token);
   FinishReason check_finished(Request& request);
-  void finish(Request& request, FinishReason reason);
+  // Returns how many of its commits nobody wanted.
+  int finish(Request& request, FinishReason reason);
+  void finish_at_once(Request& request, FinishReason reason);  // between steps
   void write_record(const StepResult& result, double forward_ms, StepRecord& record);
 
   EngineConfig config_;
@@ -64,6 +88,11 @@ class EngineCore {
   CommitModel commits_;
   StepLog log_;
   const StepPlan* plan_ = nullptr;  // of the step in progress
+  // Of the step between apply() and report().
+  std::vector<Change> changes_;
+  std::vector<Commit> new_commits_;                     // of all changes
+  std::vector<CommitModel::Observation> observations_;  // of all changes
+  StepRecord record_;
   std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
   int num_unfinished_ = 0;
   uint64_t next_id_ = 1, step_ = 0;

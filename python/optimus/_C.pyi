@@ -155,6 +155,9 @@ class Commit:
 class RequestUpdate:
     id: int
     commits: list[Commit]
+    positions: list[int]  # of the commits, in the output
+    token_ids: list[int]  # of the commits
+    num_forwards: int  # the request's forward evaluations until these commits, 0 without commits
     num_known: int  # leading output tokens that are final and contiguous
     finish_reason: str | None  # None while running, "stop" | "length" | "abort"
 
@@ -196,7 +199,9 @@ class StepRecord:
 
 class StepOutput:
     updates: list[RequestUpdate]
-    record: StepRecord
+    finished_ids: list[int]  # of the updates with a finish_reason
+    record: StepRecord  # a copy
+    is_idle: bool  # nothing was done
 
 class RequestState:
     """Snapshot of a request. `output_*` are trimmed at the end of a finished request."""

@@ -296,7 +296,7 @@ class LLM:
         return self._stream(request, mode)
 
     def _stream(self, request: _Request, mode: str) -> Iterator[Event]:
-        live = self._add(request)
+        live = self._add(request, follow=True)
         if mode == "block":
             events = queue_block_events(live)
         else:
@@ -325,16 +325,15 @@ class LLM:
         num_left = len(requests)
         with progress_bar(len(requests), enabled=use_tqdm) as advance:
 
-            def on_update(request: LiveRequest, committed: list[int]) -> None:
+            def on_finish(output: RequestOutput) -> None:
                 nonlocal num_left
-                if request.output is not None:
-                    num_left -= 1
-                    advance(len(request.output.outputs[0].token_ids))
+                num_left -= 1
+                advance(len(output.outputs[0].token_ids))
 
             try:
                 for request in requests:
                     live.append(self._add(request))
-                    live[-1].on_update = on_update
+                    live[-1].on_finish = on_finish
                 while num_left:
                     self._tracker.step()
             except BaseException:
@@ -343,9 +342,9 @@ class LLM:
                 raise
         return [item.output for item in live if item.output is not None]
 
-    def _add(self, request: _Request) -> LiveRequest:
+    def _add(self, request: _Request, *, follow: bool = False) -> LiveRequest:
         return self._tracker.add(
-            request.prompt, request.prompt_token_ids, request.params, request.native
+            request.prompt, request.prompt_token_ids, request.params, request.native, follow=follow
         )
 
     def _requests(
@@ -358,19 +357,20 @@ class LLM:
             params = list(sampling_params)
         if len(params) != len(prompts):
             raise ValueError(f"[llm] {len(prompts)} prompts but {len(params)} sampling_params")
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded: Iterator[list[int]] = iter(())
+        if texts:
+            tokenizer = self._require_tokenizer("a text prompt")
+            encoded = iter(tokenizer.encode_batch(texts, add_special_tokens=not is_chat))
         return [
-            self._request(i, prompt, p, is_chat)
+            self._request(i, prompt, next(encoded) if isinstance(prompt, str) else prompt, p)
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
 
     def _request(
-        self, index: int, prompt: Prompt, params: SamplingParams, is_chat: bool
+        self, index: int, prompt: Prompt, token_ids: Sequence[int], params: SamplingParams
     ) -> _Request:
-        if isinstance(prompt, str):
-            tokenizer = self._require_tokenizer("a text prompt")
-            ids = tokenizer.encode(prompt, add_special_tokens=not is_chat)
-        else:
-            ids = [operator.index(i) for i in prompt]
+        ids = [operator.index(i) for i in token_ids]
         check_prompt(index, ids, self.checkpoint.vocab_size, self.max_model_len)
         if params.stop:
             self._require_tokenizer("a stop string")

@@ -33,8 +33,8 @@ def check_prompt(index: int, ids: Sequence[int], vocab_size: int, max_model_len:
             f"[llm] prompt {index} has {len(ids)} tokens, which leaves no room for output in "
             f"max_model_len {max_model_len}"
         )
-    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if bad is not None:
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise ValueError(
             f"[llm] prompt {index} holds token id {bad}, the vocabulary is [0, {vocab_size})"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -56,6 +57,15 @@ class Tokenizer:
         """Token ids. Text of special tokens becomes their ids, the mask token's included."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        encodings = self._backend.encode_batch_fast(
+            list(texts), add_special_tokens=add_special_tokens
+        )
+        return [encoding.ids for encoding in encodings]
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text; bytes that are no UTF-8 become U+FFFD."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -83,7 +93,7 @@ class Tokenizer:
         import jinja2
 
         try:
-            return _environment().from_string(template).render(
+            return _compiled(template).render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
@@ -118,6 +128,13 @@ def _find_chat_template(path: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:
+    """Compiling takes milliseconds, a hundred times as long as rendering."""
+    return _environment().from_string(template)
+
+
+@functools.cache
 def _environment() -> Any:
     """Sandboxed jinja2 with the helpers that published templates use."""
     import jinja2

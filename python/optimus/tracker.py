@@ -19,10 +19,12 @@ _MAX_IDLE_STEPS = 100
 class LiveRequest:
     """One request from `RequestTracker.add` to its output.
 
+    output: set when the request is finished.
+    on_finish: called with the output then.
+    Of a request that is followed step by step:
     token_ids: committed output tokens by position, None where masked.
     num_known: leading positions that are final without a gap.
     text: None without a tokenizer.
-    output: set when the request is finished.
     on_update: called after every step that changed the request, with the positions committed.
     """
 
@@ -45,16 +47,21 @@ class LiveRequest:
         self.num_known = 0
         self.num_forwards = 0
         self.output: RequestOutput | None = None
+        self.on_finish: Callable[[RequestOutput], None] | None = None
         self.on_update: Callable[[LiveRequest, list[int]], None] | None = None
 
-    def apply_commits(self, commits: list[_C.Commit]) -> list[int]:
+    def apply_commits(self, update: _C.RequestUpdate) -> list[int]:
         """Writes commits down; returns their positions."""
-        for commit in commits:
-            missing = commit.output_idx + 1 - len(self.token_ids)
+        positions, token_ids = update.positions, update.token_ids
+        if not positions:
+            return positions
+        missing = max(positions) + 1 - len(self.token_ids)
+        if missing > 0:
             self.token_ids.extend([None] * missing)
-            self.token_ids[commit.output_idx] = commit.token_id
-            self.num_forwards = max(self.num_forwards, commit.step)
-        return [commit.output_idx for commit in commits]
+        for position, token_id in zip(positions, token_ids, strict=True):
+            self.token_ids[position] = token_id
+        self.num_forwards = update.num_forwards
+        return positions
 
     def advance(self, num_known: int) -> int | None:
         """Feeds new contiguous tokens to the text.
@@ -75,6 +82,8 @@ class LiveRequest:
 class RequestTracker:
     """Adds requests to an engine, runs its steps, and builds outputs. Not thread-safe.
 
+    What nobody looks at before a request is finished stays in the engine until then: a step costs
+    Python nothing for requests that are not followed.
     on_step: called with the record of every step.
     """
 
@@ -84,6 +93,7 @@ class RequestTracker:
         self.on_step: Callable[[_C.StepRecord], None] | None = None
         self._eos_ids = frozenset(engine.config.eos_token_ids)
         self._live: dict[int, LiveRequest] = {}
+        self._followed: dict[int, LiveRequest] = {}  # of those
         self._idle_steps = 0
 
     def add(
@@ -92,28 +102,40 @@ class RequestTracker:
         prompt_token_ids: list[int],
         params: SamplingParams,
         native: _C.SamplingParams,
+        *,
+        follow: bool = False,
     ) -> LiveRequest:
-        """Queues a request. Raises ValueError, changing nothing, if the engine refuses it."""
+        """Queues a request. Raises ValueError, changing nothing, if the engine refuses it.
+
+        follow: keep its tokens and text up to date in every step; stop strings need that anyway.
+        """
+        follow = follow or bool(params.stop)
         request_id = self.engine.add_request(prompt_token_ids, native)
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         text = None
-        if self.tokenizer is not None:
+        if follow and self.tokenizer is not None:
             text = TextBuilder(self.tokenizer, params.stop)
         live = LiveRequest(
             request_id, prompt, prompt_token_ids, params, eos_ids | set(params.stop_token_ids), text
         )
         self._live[request_id] = live
+        if follow:
+            self._followed[request_id] = live
         return live
 
     def step(self) -> None:
         """Runs one engine step and hands its updates out."""
         result = self.engine.step()
-        for update in result.updates:
-            live = self._live.get(update.id)
+        if self._followed:
+            for update in result.updates:
+                live = self._followed.get(update.id)
+                if live is not None:
+                    self._apply(live, update)
+        for request_id in result.finished_ids:
+            live = self._live.get(request_id)
             if live is not None:
-                self._apply(live, update)
-        idle = result.record.rows == 0 and not result.updates
-        self._idle_steps = self._idle_steps + 1 if idle else 0
+                self._finish(live, None)
+        self._idle_steps = self._idle_steps + 1 if result.is_idle else 0
         if self._idle_steps >= _MAX_IDLE_STEPS and self._live:
             raise RuntimeError(
                 f"[tracker] {self._idle_steps} steps did nothing while {len(self._live)} requests "
@@ -129,7 +151,7 @@ class RequestTracker:
             self._finish(live, None)
 
     def _apply(self, live: LiveRequest, update: _C.RequestUpdate) -> None:
-        committed = live.apply_commits(update.commits)
+        committed = live.apply_commits(update)
         keep = live.advance(update.num_known)
         if keep is not None and update.finish_reason is None:
             self.engine.stop_request(live.id, keep)
@@ -143,20 +165,20 @@ class RequestTracker:
         state = self.engine.request(live.id)
         self.engine.release(live.id)
         del self._live[live.id]
-        num_tokens = live.num_known if keep is None else keep
-        token_ids = list(state.output_token_ids[:num_tokens])
+        token_ids = state.output_token_ids
+        if self._followed.pop(live.id, None) is not None:  # what was shown, and not what came since
+            token_ids = token_ids[: live.num_known if keep is None else keep]
+        num_tokens = len(token_ids)
         reason = state.finish_reason or "abort"
         if live.text is not None and live.text.finish():
             reason = "stop"
         completion = CompletionOutput(
             index=0,
-            text=None if live.text is None else live.text.text,
+            text=self._text(live, token_ids),
             token_ids=token_ids,
-            logprobs=list(state.output_logprobs[:num_tokens])
-            if live.params.wants_logprobs
-            else None,
-            confidences=list(state.output_confidences[:num_tokens]),
-            steps=list(state.output_steps[:num_tokens]),
+            logprobs=state.output_logprobs[:num_tokens] if live.params.wants_logprobs else None,
+            confidences=state.output_confidences[:num_tokens],
+            steps=state.output_steps[:num_tokens],
             finish_reason=reason,
             stop_reason=self._stop_reason(live, token_ids, reason),
         )
@@ -164,6 +186,15 @@ class RequestTracker:
         live.output = RequestOutput(
             live.id, live.prompt, live.prompt_token_ids, [completion], metrics
         )
+        if live.on_finish is not None:
+            live.on_finish(live.output)
+
+    def _text(self, live: LiveRequest, token_ids: list[int]) -> str | None:
+        if live.text is not None:
+            return live.text.text
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.decode([i for i in token_ids if i not in live.end_ids])
 
     def _stop_reason(
         self, live: LiveRequest, token_ids: list[int], reason: str

@@ -68,6 +68,14 @@ def test_no_half_character_is_emitted(tokenizer: Tokenizer, text: str) -> None:
     assert "".join(pieces) + detokenizer.flush() == text
 
 
+@given(st.lists(st.text(max_size=20), max_size=5), st.booleans())
+def test_a_batch_is_encoded_as_its_texts_are(
+    tokenizer: Tokenizer, texts: list[str], special: bool
+) -> None:
+    ids = tokenizer.encode_batch(texts, add_special_tokens=special)
+    assert ids == [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+
+
 @given(
     st.text("abc", max_size=30),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
