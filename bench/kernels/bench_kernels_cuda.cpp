@@ -129,8 +129,9 @@ class Bench {
   bool wants(const char* op) const { return only_.empty() || only_ == op; }
 
   void report(const char* op, const std::string& shape, int rows, double us, double bytes,
-              double flops = 0) {
-    results_.push_back({op, shape, rows, us, bytes, flops, ceilings_.floor_us(bytes, flops)});
+              double flops = 0, const std::string& kernel = "") {
+    results_.push_back(
+        {op, shape, rows, us, bytes, flops, ceilings_.floor_us(bytes, flops), kernel});
     print(results_.back());
   }
 
@@ -226,6 +227,7 @@ class Bench {
                         workspace_.size()};
     };
     cuda::plan_gemm(params(0), /*measure=*/true, stream_);
+    gemm_kernel_ = cuda::describe_gemm(params(0));
     return time_us(stream_, launches,
                    [&](int i, cudaStream_t stream) { cuda::gemm(params(i), stream); });
   }
@@ -233,8 +235,9 @@ class Bench {
   void gemm(const ModelShape& model, const char* which, int rows, int n, int k) {
     if (!wants("gemm")) return;
     double bytes = (double(n) * k + double(rows) * (n + k)) * kElement;
-    report("gemm", concat(model.name, " ", which, " ", n, "x", k), rows, time_gemm(rows, n, k),
-           bytes, 2.0 * rows * n * k);
+    const double us = time_gemm(rows, n, k);
+    report("gemm", concat(model.name, " ", which, " ", n, "x", k), rows, us, bytes,
+           2.0 * rows * n * k, gemm_kernel_);
   }
 
   // ------------------------------------------------------------------------------- decode state
@@ -370,6 +373,7 @@ class Bench {
   Arena arena_;
   DeviceBuffer<char> workspace_;
   Ceilings ceilings_;
+  std::string gemm_kernel_;  // of the last time_gemm
   std::vector<Result> results_;
 };
 

@@ -98,6 +98,7 @@ struct Result {
   std::string op, shape;
   int rows;
   double us, bytes, flops, floor_us;
+  std::string kernel = {};  // the one that was chosen, where there is a choice
 };
 
 struct Ceilings {
@@ -109,10 +110,10 @@ struct Ceilings {
 };
 
 inline void print(const Result& result) {
-  std::printf("%-22s %-34s rows %5d %9.2f us %8.0f GB/s %7.1f TFLOP/s %5.1f %%\n",
+  std::printf("%-22s %-34s rows %5d %9.2f us %8.0f GB/s %7.1f TFLOP/s %5.1f %% %s\n",
               result.op.c_str(), result.shape.c_str(), result.rows, result.us,
               result.bytes / result.us * 1e-3, result.flops / result.us * 1e-6,
-              100 * result.floor_us / result.us);
+              100 * result.floor_us / result.us, result.kernel.c_str());
   std::fflush(stdout);
 }
 
@@ -128,9 +129,11 @@ inline void write_json(const std::string& path, const Ceilings& ceilings,
     const Result& r = results[i];
     std::fprintf(file,
                  "  {\"op\": \"%s\", \"shape\": \"%s\", \"rows\": %d, \"us\": %.3f, "
-                 "\"gb_s\": %.1f, \"tflops\": %.2f, \"percent_of_ceiling\": %.1f}%s\n",
+                 "\"gb_s\": %.1f, \"tflops\": %.2f, \"percent_of_ceiling\": %.1f%s}%s\n",
                  r.op.c_str(), r.shape.c_str(), r.rows, r.us, r.bytes / r.us * 1e-3,
-                 r.flops / r.us * 1e-6, 100 * r.floor_us / r.us, i + 1 < results.size() ? "," : "");
+                 r.flops / r.us * 1e-6, 100 * r.floor_us / r.us,
+                 r.kernel.empty() ? "" : concat(", \"kernel\": \"", r.kernel, "\"").c_str(),
+                 i + 1 < results.size() ? "," : "");
   }
   std::fprintf(file, " ]}\n");
   std::fclose(file);

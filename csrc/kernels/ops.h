@@ -60,7 +60,8 @@ void silu_mul(const SiluMulParams&, const Execution&);
 // a row's result does not depend on how many rows share the call ("batch-invariant").
 // On the CPU `packed_weight` comes from pack_gemm_weight: panels of kGemmPanel output columns,
 // [ceil(n / kGemmPanel), k, kGemmPanel], zero-padded. On CUDA it is the weight itself, [n, k], and
-// the library chooses the order of sums by the shape; see kernels/cuda/kernels.h for planning ahead.
+// the chosen kernel fixes the order of sums; see kernels/cuda/kernels.h for planning ahead. There no
+// kernel in the stream may write the weight: it is read while earlier kernels still run.
 constexpr int kGemmPanel = 32;
 struct GemmParams {
   const void* x;              // [rows, k]

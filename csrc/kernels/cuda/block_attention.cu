@@ -6,6 +6,7 @@
 #include "kernels/cuda/block_attention_schedule.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/tensor_map.cuh"
 
 namespace optimus::cuda {
 namespace attention {
@@ -82,27 +83,9 @@ bool copies_in_bulk(Kernel* kernel) {
 
 // K or V pages as rows of head_dim elements; a box is 64 columns by the keys of a tile that share a
 // page. The number of pages is not known here, so the row bound is nominal.
-CUtensorMap make_tensor_map(const void* pages, int head_dim, int page_size) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    OPTIMUS_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                        cudaEnableDefault, &found));
-    return reinterpret_cast<Encode>(function);
-  }();
-  CUtensorMap map;
-  cuuint64_t sizes[2] = {static_cast<cuuint64_t>(head_dim), 0x7fffffff};
-  cuuint64_t strides[1] = {static_cast<cuuint64_t>(head_dim) * 2};
-  cuuint32_t box[2] = {64, static_cast<cuuint32_t>(std::min(page_size, kTileKeys))};
-  cuuint32_t element_strides[2] = {1, 1};
-  CUresult status =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(pages), sizes, strides,
-             box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  OPTIMUS_CHECK(status == CUDA_SUCCESS, "[block_attention] cuTensorMapEncodeTiled failed with ",
-                static_cast<int>(status), " (k_pages and v_pages must be 16-byte aligned)");
-  return map;
+CUtensorMap make_page_map(const void* pages, int head_dim, int page_size) {
+  return make_tensor_map("block_attention", pages, 0x7fffffff, head_dim,
+                         std::min(page_size, kTileKeys));
 }
 
 template <int kHeadDim>
@@ -122,8 +105,8 @@ void launch_attention(const BlockAttentionParams& params, const Workspace& ws,
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   CUtensorMap k_map = {}, v_map = {};
   if (copies_in_bulk(kernel)) {
-    k_map = make_tensor_map(params.k_pages, kHeadDim, params.page_size);
-    v_map = make_tensor_map(params.v_pages, kHeadDim, params.page_size);
+    k_map = make_page_map(params.k_pages, kHeadDim, params.page_size);
+    v_map = make_page_map(params.v_pages, kHeadDim, params.page_size);
   }
   int page_shift = 0;
   while (1 << page_shift < params.page_size) ++page_shift;

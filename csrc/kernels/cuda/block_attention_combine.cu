@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include "kernels/cuda/block_attention_ptx.cuh"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda::attention {

@@ -4,7 +4,7 @@
 
 #include <climits>
 
-#include "kernels/cuda/block_attention_ptx.cuh"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda::attention {

@@ -9,7 +9,7 @@
 #include <cuda_bf16.h>
 
 #include "kernels/cuda/block_attention.h"
-#include "kernels/cuda/block_attention_ptx.cuh"
+#include "kernels/cuda/ptx.cuh"
 
 namespace optimus::cuda::attention {
 

@@ -6,6 +6,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "kernels/ops.h"
 
 namespace optimus::cuda {
@@ -20,11 +22,17 @@ void build_rows(const BuildRowsParams&, cudaStream_t);
 void unmask(const UnmaskParams&, cudaStream_t);
 size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size);
 void gemm(const GemmParams&, cudaStream_t);
-// At start-up, outside of graph capture: chooses the algorithm of these rows (and the others of
-// their bucket: multiples of 8 up to 256, of 64 up to 1024, then of 512), n, k and types once, by the
+// Whose kernels gemm may take: the library's, or for up to 128 rows in bf16 the streaming kernel.
+enum class GemmKernels : uint8_t { any, library, stream };
+// At start-up, outside of graph capture: chooses the kernel of these rows (and the others of their
+// bucket: multiples of 8 up to 256, of 64 up to 1024, then of 512), n, k and types once, by the
 // library's heuristic or, with `measure`, by running the candidates on the given buffers. Unplanned
-// calls take the heuristic's first proposal. All calls need the workspace that planning had.
-void plan_gemm(const GemmParams&, bool measure, cudaStream_t);
+// calls take the heuristic's first proposal. All calls need the workspace that planning had. With
+// `kernels` other than any, plans anew.
+void plan_gemm(const GemmParams&, bool measure, cudaStream_t,
+               GemmKernels kernels = GemmKernels::any);
+// The kernel that gemm takes for these, in words.
+std::string describe_gemm(const GemmParams&);
 void block_attention(const BlockAttentionParams&, cudaStream_t);
 void block_attention_schedule(const BlockAttentionParams&, cudaStream_t);
 size_t block_attention_workspace_bytes(const BlockAttentionParams&);

@@ -1,10 +1,12 @@
 // How every kernel here is launched: by programmatic dependent launch where the GPU has it.
 //
-// A dependent kernel's CTAs become resident while the kernel before it drains, which hides most of
-// a launch. For that every kernel begins with wait_for_previous_kernel(), before any access to
-// global memory, and then allows its own successor to start the same way. The wait covers complete
-// kernels and their memory, and each of them waited in turn, so the stream order of memory holds.
-// Kernels of libraries are launched plainly and wait for everything before them.
+// A dependent kernel's CTAs become resident while the kernel before it runs, as soon as all CTAs of
+// that one allow it and where there is room. For that every kernel begins with
+// wait_for_previous_kernel(), before any access to global memory. It allows the successor to start and
+// then waits until the predecessor is complete and its memory visible. Each kernel waits so, whatever
+// started early: a complete predecessor means that everything before it is complete, and the stream
+// order of memory holds. A kernel that reads constant memory before the wait (gemm_stream) relies on
+// nothing in the stream writing it. Kernels of libraries are launched plainly and wait for everything.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,8 +19,8 @@ namespace optimus::cuda {
 
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
 #endif
 }
 
@@ -51,11 +53,14 @@ struct LaunchShape {
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream,
             Args&&... args) {
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   int count = 0;
   if (device_properties().major >= 9) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    // Kernels that run side by side on an SM have to agree on how much of it is shared memory.
+    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[count++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
     if (shape.cluster > 1) {
       attributes[count].id = cudaLaunchAttributeClusterDimension;
       attributes[count].val.clusterDim.x = shape.cluster;

@@ -1,6 +1,7 @@
-// gemm on the GPU (cuBLASLt) against a product in double precision; skipped without the library.
+// gemm on the GPU against a product in double precision, planned and not; skipped without the library.
 #include <dlfcn.h>
 
+#include "kernels/cuda/gemm_stream.h"
 #include "kernels/cuda/gpu_testing.h"
 
 namespace optimus {
@@ -51,6 +52,42 @@ TEST_F(CudaGemm, MatchesDoublePrecision) {
         cuda::gemm(params, nullptr);
         expect_near_twin(device_out.read(), expected);
       }
+    }
+  }
+}
+
+TEST_F(CudaGemm, EveryPlanGivesTheProduct) {
+  Rng rng(152);
+  DeviceBuffer<char> workspace(kGemmWorkspaceBytes);
+  const int n = 1288, k = 776;
+  Tensor weight = random_tensor(rng, DType::bfloat16, size_t(n) * k);
+  DeviceTensor device_weight(weight);
+  for (int rows : {1, 3, 27, 64, 128, 131, 256}) {
+    Tensor x = random_tensor(rng, DType::bfloat16, size_t(rows) * k);
+    Tensor packed(DType::bfloat16, packed_gemm_weight_size(n, k));
+    Tensor expected(DType::bfloat16, size_t(rows) * n);
+    pack_gemm_weight(weight.data(), packed.data(), n, k, DType::bfloat16);
+    cpu::gemm(
+        {x.data(), packed.data(), expected.data(), rows, n, k, DType::bfloat16, DType::bfloat16},
+        pool);
+    DeviceTensor device_x(x), device_out(expected);
+    GemmParams params{
+        device_x.data(), device_weight.data(), device_out.data(), rows, n, k, DType::bfloat16,
+        DType::bfloat16, workspace.data(),     workspace.size()};
+    const std::pair<cuda::GemmKernels, const char*> plans[] = {
+        {cuda::GemmKernels::any, ""},
+        {cuda::GemmKernels::library, "cuBLASLt"},
+        {cuda::GemmKernels::stream, "stream"}};
+    for (auto [kernels, name] : plans) {
+      if (kernels == cuda::GemmKernels::stream && !cuda::stream_gemm_takes(params)) continue;
+      cuda::plan_gemm(params, /*measure=*/rows != 27, nullptr, kernels);
+      SCOPED_TRACE(concat("rows ", rows, ": ", cuda::describe_gemm(params)));
+      EXPECT_THAT(cuda::describe_gemm(params), ::testing::StartsWith(name));
+      DeviceTensor out(Tensor(DType::bfloat16, expected.size()));
+      params.out = out.data();
+      cuda::gemm(params, nullptr);
+      expect_near_twin(out.read(), expected);
+      params.out = device_out.data();
     }
   }
 }

@@ -1,5 +1,6 @@
-// The few PTX instructions block attention is made of, one inline function each: mbarriers, bulk
-// tensor copies (sm_90), asynchronous 16-byte copies (sm_80), ldmatrix and mma. Shared memory is addressed by 32-bit shared-window addresses throughout.
+// The few PTX instructions that tiled kernels are made of, one inline function each: mbarriers, bulk
+// tensor copies, clusters (sm_90), asynchronous 16-byte copies (sm_80), ldmatrix and mma. Shared
+// memory is addressed by 32-bit shared-window addresses throughout. Warpgroup products: wgmma.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -81,8 +82,66 @@ __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map,
       : "memory");
 }
 
+// The same with a cache policy.
+__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, int column,
+                                            int row, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// For data that is read once: it is the first to leave the L2 cache.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// ---------------------------------------------------------------------------------------- clusters
+
+// The cluster's CTA `rank`: its shared memory at the address that `address` is in this CTA.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) {
+  uint32_t result;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+  return result;
+}
+
+// Writes to a CTA of the cluster; the 16 bytes count against a barrier there.
+__device__ __forceinline__ void cluster_store(uint32_t to, const float (&values)[4],
+                                              uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(barrier)
+      : "memory");
+}
+
+// As barrier_wait, for what other CTAs of the cluster do.
+__device__ __forceinline__ void cluster_barrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
+        " selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// All threads of all CTAs of the cluster arrive, then wait for all. Barriers initialised before are
+// visible behind; other writes are not ordered.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 #endif
@@ -109,6 +168,24 @@ __device__ __forceinline__ void copies_arrive(uint32_t barrier) {
 // Waits for all copies this thread has issued.
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+__device__ __forceinline__ void load_shared(float (&values)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_shared(uint4& values, uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(values.x), "=r"(values.y), "=r"(values.z), "=r"(values.w)
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, const float (&values)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+
 // ------------------------------------------------------------------------------------ tensor cores
 
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], uint32_t address) {
@@ -124,6 +201,25 @@ __device__ __forceinline__ void load_matrix_transposed_x4(uint32_t (&out)[4], ui
                : "r"(address)
                : "memory");
 }
+
+// The transpose of an 8 x 8 matrix of 16-bit elements, of which lane i holds elements 2 (i % 4) and
+// 2 (i % 4) + 1 of row i / 4.
+__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+#if defined(OPTIMUS_SM90)
+// Stores two such matrices transposed: lane i < 8 gives the address of row i of the first, lane 8 + i
+// of the second, and lanes 16 and up any.
+__device__ __forceinline__ void store_transposed_x2(uint32_t address, uint32_t first,
+                                                    uint32_t second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(first), "r"(second)
+               : "memory");
+}
+#endif
 
 // d[16 x 8] += a[16 x 16] b[16 x 8], bf16 inputs, fp32 sums.
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,

@@ -1,0 +1,189 @@
+// Host side of the streaming gemm: its instances, the ways to run them, tensor maps, the launch.
+#include "kernels/cuda/gemm_stream.h"
+
+#include <algorithm>
+
+#include "kernels/cuda/gemm_stream_kernel.cuh"
+#include "kernels/cuda/tensor_map.cuh"
+#include "kernels/cuda/vector.cuh"
+
+namespace optimus::cuda {
+namespace {
+
+using Kernel = void (*)(stream::Args, CUtensorMap, CUtensorMap);
+
+constexpr int kMaxSplits = 8;  // CTAs of a cluster, on any GPU that has clusters
+constexpr int kAlignmentBytes = 1024;
+// Shared memory of an SM that is left to small kernels: they must be resident beside this one.
+constexpr int kLeftBytes = 9 << 10;
+// Copies under way: what keeps the memory busy. With many rows of x, whose loads queue behind those
+// of the weight, also later.
+constexpr int kEarlyBytes = 48 << 10, kManyRowsBytes = 96 << 10, kManyRows = 64;
+
+struct Variant {
+  int tile_n, tile_rows, stage_columns, weight_bytes, x_bytes, threads;
+  Kernel kernel;
+  int (*end_bytes)(int splits, int groups_each);
+};
+
+template <int kTileN, int kTileRows>
+Variant variant() {
+  using Shape = stream::Tile<kTileN, kTileRows>;
+  return {kTileN,
+          kTileRows,
+          Shape::kStageColumns,
+          Shape::kWeightBytes,
+          Shape::kXBytes,
+          Shape::kThreads,
+          stream::stream_kernel<kTileN, kTileRows>,
+          Shape::end_bytes};
+}
+
+const std::vector<Variant>& variants() {
+  static const std::vector<Variant> all = {
+      variant<64, 8>(),    variant<128, 8>(),   variant<192, 8>(),  variant<64, 16>(),
+      variant<128, 16>(),  variant<192, 16>(),  variant<64, 32>(),  variant<128, 32>(),
+      variant<192, 32>(),  variant<64, 64>(),   variant<128, 64>(), variant<192, 64>(),
+      variant<128, 128>(), variant<192, 128>(),
+  };
+  return all;
+}
+
+const Variant& find_variant(const StreamGemm& way) {
+  for (const Variant& variant : variants()) {
+    if (variant.tile_n == way.tile_n && variant.tile_rows == way.tile_rows) return variant;
+  }
+  throw std::invalid_argument(
+      concat("[gemm] the streaming kernel has no tile of ", way.tile_n, " x ", way.tile_rows));
+}
+
+stream::Args make_args(const GemmParams& params, const StreamGemm& way, const Variant& variant) {
+  stream::Args args{};
+  args.out = params.out;
+  args.rows = params.rows;
+  args.n = params.n;
+  args.num_chunks = ceil_div(params.k, variant.stage_columns);
+  args.num_tiles = ceil_div(params.n, variant.tile_n);
+  args.splits = way.splits;
+  args.num_slots = way.num_slots;
+  args.num_x_slots = way.num_x_slots;
+  args.num_early_copies = way.num_early_copies;
+  args.num_copies = way.num_copies;
+  args.out_is_float = params.out_dtype == DType::float32;
+  return args;
+}
+
+stream::RingShape make_ring(const StreamGemm& way, const Variant& variant) {
+  return {variant.weight_bytes, variant.x_bytes, way.num_slots, way.num_x_slots};
+}
+
+bool fits(const stream::Args& args, const StreamGemm& way, const Variant& variant) {
+  const stream::RingShape ring = make_ring(way, variant);
+  const int end_bytes = variant.end_bytes(way.splits, ceil_div(args.groups(), way.splits));
+  return args.rows <= way.tile_rows && way.splits <= args.num_chunks &&
+         way.num_x_slots <= way.num_slots && ring.data_bytes() >= end_bytes &&
+         (!args.adds_up() || way.ctas == way.splits * args.num_tiles);
+}
+
+int shared_bytes_per_cta() {
+  int device = 0, available = 0;
+  OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
+  OPTIMUS_CUDA_CHECK(
+      cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return available - kLeftBytes;
+}
+
+// One wave of CTAs with equal shares: the two finest splits of k that the SMs take, or whole tiles
+// in rounds.
+std::vector<std::pair<int, int>> splits_and_ctas(int num_tiles, int num_chunks) {
+  const int sms = device_properties().num_sms;
+  std::vector<std::pair<int, int>> found;
+  for (int splits = std::min(kMaxSplits, num_chunks); splits > 1 && found.size() < 2; --splits) {
+    if (splits * num_tiles <= sms) found.emplace_back(splits, splits * num_tiles);
+  }
+  if (found.size() < 2) found.emplace_back(1, ceil_div(num_tiles, ceil_div(num_tiles, sms)));
+  return found;
+}
+
+// Stages of x worth trying: as many as of the weight, or few, for more of the weight.
+StreamGemm with_slots(StreamGemm way, const Variant& variant, int num_x_slots, int bytes) {
+  const int barriers = 8, left = bytes - kAlignmentBytes - barriers;
+  way.num_x_slots = num_x_slots;
+  if (num_x_slots == 0) {
+    way.num_slots = left / (variant.weight_bytes + variant.x_bytes + 3 * barriers);
+    way.num_x_slots = way.num_slots;
+  } else {
+    way.num_slots =
+        (left - num_x_slots * (variant.x_bytes + barriers)) / (variant.weight_bytes + 2 * barriers);
+  }
+  auto copies = [&](int limit) {
+    return std::max(1, std::min(way.num_slots, limit / variant.weight_bytes));
+  };
+  way.num_early_copies = copies(kEarlyBytes);
+  way.num_copies = way.tile_rows >= kManyRows ? copies(kManyRowsBytes) : way.num_slots;
+  return way;
+}
+
+}  // namespace
+
+// Compiled for compute capability 9.0 alone; tensor maps want alignment.
+bool stream_gemm_takes(const GemmParams& params) {
+  const size_t out_row = params.n * dtype_size(params.out_dtype);
+  return device_properties().major == 9 && params.rows >= 1 && params.rows <= kStreamGemmMaxRows &&
+         params.dtype == DType::bfloat16 && params.k % 8 == 0 && out_row % 16 == 0 &&
+         is_aligned(params.x) && is_aligned(params.packed_weight) && is_aligned(params.out);
+}
+
+std::vector<StreamGemm> stream_gemm_candidates(const GemmParams& params) {
+  std::vector<StreamGemm> found;
+  if (!stream_gemm_takes(params)) return found;
+  const int bytes = shared_bytes_per_cta();
+  int tile_rows = 8;
+  while (tile_rows < params.rows) tile_rows *= 2;
+  const std::vector<int> x_slots = tile_rows <= 16   ? std::vector<int>{0}
+                                   : tile_rows <= 64 ? std::vector<int>{0, 4}
+                                                     : std::vector<int>{3, 4};
+  for (const Variant& variant : variants()) {
+    if (variant.tile_rows != tile_rows) continue;
+    StreamGemm way{};
+    way.tile_n = variant.tile_n;
+    way.tile_rows = tile_rows;
+    const int num_tiles = ceil_div(params.n, way.tile_n);
+    const int num_chunks = ceil_div(params.k, variant.stage_columns);
+    for (auto [splits, ctas] : splits_and_ctas(num_tiles, num_chunks)) {
+      way.splits = splits;
+      way.ctas = ctas;
+      for (int num_x_slots : x_slots) {
+        const StreamGemm candidate = with_slots(way, variant, num_x_slots, bytes);
+        if (fits(make_args(params, candidate, variant), candidate, variant)) {
+          found.push_back(candidate);
+        }
+      }
+    }
+  }
+  return found;
+}
+
+void stream_gemm(const GemmParams& params, const StreamGemm& way, cudaStream_t stream) {
+  const Variant& variant = find_variant(way);
+  const stream::Args args = make_args(params, way, variant);
+  OPTIMUS_CHECK(stream_gemm_takes(params) && fits(args, way, variant),
+                "[gemm] the streaming kernel does not take rows ", params.rows, ", n ", params.n,
+                ", k ", params.k, " as ", describe(way));
+  const CUtensorMap weight_map =
+      make_tensor_map("gemm", params.packed_weight, params.n, params.k, way.tile_n);
+  const CUtensorMap x_map = make_tensor_map("gemm", params.x, params.rows, params.k, way.tile_rows);
+  const int shared_bytes = kAlignmentBytes + make_ring(way, variant).bytes();
+  OPTIMUS_CUDA_CHECK(cudaFuncSetAttribute(
+      variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  launch(variant.kernel,
+         {dim3(way.ctas), dim3(variant.threads), way.splits, static_cast<size_t>(shared_bytes)},
+         stream, args, weight_map, x_map);
+}
+
+std::string describe(const StreamGemm& way) {
+  return concat("stream ", way.tile_n, "x", way.tile_rows, ", ", way.ctas, " CTAs, k in ",
+                way.splits, ", ", way.num_slots, "+", way.num_x_slots, " stages");
+}
+
+}  // namespace optimus::cuda

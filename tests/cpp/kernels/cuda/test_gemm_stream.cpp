@@ -1,0 +1,234 @@
+// The streaming gemm, in every way it would be planned with, against the CPU twin: values, same bits
+// every time, and chains of kernels that start before their predecessors end.
+#include <functional>
+
+#include "kernels/cuda/gemm_stream.h"
+#include "kernels/cuda/gpu_testing.h"
+
+namespace optimus {
+namespace {
+
+using namespace testing;
+
+class CudaGemmStream : public GpuTest {
+ protected:
+  void SetUp() override {
+    GpuTest::SetUp();
+    if (IsSkipped()) return;
+    DeviceBuffer<char> data(1 << 16);
+    GemmParams params{data.data(), data.data(), data.data(),     1,
+                      64,          64,          DType::bfloat16, DType::bfloat16};
+    if (!cuda::stream_gemm_takes(params)) GTEST_SKIP() << "needs compute capability 9.0";
+  }
+
+  // The CPU twin's product.
+  Tensor expected(const Tensor& x, const Tensor& weight, int rows, int n, int k, DType out_dtype) {
+    Tensor packed(weight.dtype(), packed_gemm_weight_size(n, k));
+    Tensor out(out_dtype, size_t(rows) * n);
+    pack_gemm_weight(weight.data(), packed.data(), n, k, weight.dtype());
+    cpu::gemm({x.data(), packed.data(), out.data(), rows, n, k, x.dtype(), out_dtype}, pool);
+    return out;
+  }
+
+  void check_all_ways(Rng& rng, int rows, int n, int k, DType out_dtype) {
+    Tensor x = random_tensor(rng, DType::bfloat16, size_t(rows) * k);
+    Tensor weight = random_tensor(rng, DType::bfloat16, size_t(n) * k);
+    Tensor twin = expected(x, weight, rows, n, k, out_dtype);
+    DeviceTensor device_x(x), device_weight(weight);
+    DeviceTensor probe(Tensor(out_dtype, twin.size()));
+    GemmParams params{
+        device_x.data(), device_weight.data(), probe.data(), rows, n, k, DType::bfloat16,
+        out_dtype};
+    std::vector<cuda::StreamGemm> ways = cuda::stream_gemm_candidates(params);
+    for (const cuda::StreamGemm& way : ways) {
+      SCOPED_TRACE(concat(describe(way), ", rows ", rows, ", n ", n, ", k ", k, " to ",
+                          dtype_name(out_dtype)));
+      DeviceTensor out(Tensor(out_dtype, twin.size())), again(Tensor(out_dtype, twin.size()));
+      params.out = out.data();
+      cuda::stream_gemm(params, way, nullptr);
+      params.out = again.data();
+      for (int i = 0; i < 3; ++i) cuda::stream_gemm(params, way, nullptr);
+      Tensor result = out.read();
+      expect_near_twin(result, twin);
+      expect_same_as_twin(again.read(), result);
+      if (HasFatalFailure()) return;
+    }
+    num_ways += ways.size();
+  }
+
+  size_t num_ways = 0;
+};
+
+TEST_F(CudaGemmStream, EveryWayMatchesTheCpuTwin) {
+  Rng rng(161);
+  for (int rows : {1, 2, 7, 8, 9, 16, 23, 32, 33, 57, 64, 65, 97, 120, 128}) {
+    const int n = 8 * random_int(rng, 1, 150), k = 8 * random_int(rng, 1, 160);
+    check_all_ways(rng, rows, n, k, DType::bfloat16);
+    if (HasFatalFailure()) return;
+    check_all_ways(rng, rows, n, k, DType::float32);
+    if (HasFatalFailure()) return;
+  }
+  EXPECT_GT(num_ways, 100u);
+}
+
+TEST_F(CudaGemmStream, EdgesOfTilesAndStages) {
+  Rng rng(162);
+  const int shapes[][2] = {{8, 8},     {64, 64},    {72, 56},    {128, 128}, {136, 120},
+                           {192, 192}, {200, 1032}, {1024, 8},   {56, 4096}, {4096, 72},
+                           {384, 520}, {1032, 512}, {9000, 136}, {17000, 64}};
+  for (auto [n, k] : shapes) {
+    for (int rows : {1, 13, 40, 128}) {
+      check_all_ways(rng, rows, n, k, DType::bfloat16);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// Rows are independent of one another: with NaN in one row of x, the others keep their bits.
+TEST_F(CudaGemmStream, RowsDoNotDependOnOtherRows) {
+  Rng rng(163);
+  const int rows = 29, n = 264, k = 520;
+  Tensor x = random_tensor(rng, DType::bfloat16, size_t(rows) * k);
+  Tensor weight = random_tensor(rng, DType::bfloat16, size_t(n) * k);
+  DeviceTensor device_weight(weight), clean_x(x);
+  for (int i = 0; i < k; ++i) x.set(11 * k + i, std::numeric_limits<float>::quiet_NaN());
+  DeviceTensor device_x(x), clean(Tensor(DType::bfloat16, rows * n));
+  GemmParams params{clean_x.data(),  device_weight.data(), clean.data(), rows, n, k,
+                    DType::bfloat16, DType::bfloat16};
+  for (const cuda::StreamGemm& way : cuda::stream_gemm_candidates(params)) {
+    SCOPED_TRACE(describe(way));
+    DeviceTensor out(Tensor(DType::bfloat16, rows * n));
+    params.x = clean_x.data();
+    params.out = clean.data();
+    cuda::stream_gemm(params, way, nullptr);
+    params.x = device_x.data();
+    params.out = out.data();
+    cuda::stream_gemm(params, way, nullptr);
+    Tensor a = clean.read(), b = out.read();
+    expect_same_bits(a, 0, b, 0, 11 * n);
+    expect_same_bits(a, 12 * n, b, 12 * n, (rows - 12) * n);
+    for (int c = 0; c < n; ++c) EXPECT_TRUE(std::isnan(b.get(11 * n + c)));
+    // Fewer rows than the way was made for.
+    params.x = clean_x.data();
+    params.rows = 18;
+    cuda::stream_gemm(params, way, nullptr);
+    params.rows = rows;
+    expect_same_bits(a, 0, out.read(), 0, 18 * n);
+  }
+}
+
+// norm -> product -> norm -> product -> silu -> product, layer after layer, every buffer used again by
+// the next layer: the same bits in a graph, where kernels start early, as one at a time.
+TEST_F(CudaGemmStream, ChainsInAGraphEqualPlainLaunches) {
+  constexpr int kHidden = 520, kIntermediate = 1288, kLayers = 5;
+  Rng rng(164);
+  Tensor norm_weight = random_tensor(rng, DType::bfloat16, kHidden);
+  DeviceTensor device_norm(norm_weight);
+  std::vector<DeviceTensor> squares, gate_ups, downs;
+  for (int i = 0; i < kLayers; ++i) {
+    auto add = [&](std::vector<DeviceTensor>& to, int n, int k) {
+      to.emplace_back(random_tensor(rng, DType::bfloat16, size_t(n) * k, 0.05f));
+    };
+    add(squares, kHidden, kHidden);
+    add(gate_ups, 2 * kIntermediate, kHidden);
+    add(downs, kHidden, kIntermediate);
+  }
+  cudaStream_t stream = nullptr;
+  OPTIMUS_CUDA_CHECK(cudaStreamCreate(&stream));
+  for (int rows : {1, 8, 31, 64, 127}) {
+    SCOPED_TRACE(concat("rows ", rows));
+    Tensor start = random_tensor(rng, DType::bfloat16, size_t(rows) * kHidden);
+    DeviceTensor hidden(start), residual(start);
+    DeviceTensor normed(Tensor(DType::bfloat16, start.size()));
+    DeviceTensor gate_up(Tensor(DType::bfloat16, size_t(rows) * 2 * kIntermediate));
+    DeviceTensor activated(Tensor(DType::bfloat16, size_t(rows) * kIntermediate));
+    // Every product in another way.
+    size_t turn = 0;
+    auto chain = [&](const std::function<void()>& after_each) {
+      turn = 0;
+      auto product = [&](DeviceTensor& x, DeviceTensor& weight, DeviceTensor& out, int n, int k) {
+        GemmParams params{x.data(), weight.data(),   out.data(),     rows, n,
+                          k,        DType::bfloat16, DType::bfloat16};
+        auto ways = cuda::stream_gemm_candidates(params);
+        cuda::stream_gemm(params, ways[turn++ % ways.size()], stream);
+        after_each();
+      };
+      auto norm = [&] {
+        cuda::rms_norm({hidden.data(), residual.data(), nullptr, device_norm.data(), normed.data(),
+                        rows, kHidden, 1e-6f, DType::bfloat16},
+                       stream);
+        after_each();
+      };
+      for (int i = 0; i < kLayers; ++i) {
+        norm();
+        product(normed, squares[i], hidden, kHidden, kHidden);
+        norm();
+        product(normed, gate_ups[i], gate_up, 2 * kIntermediate, kHidden);
+        cuda::silu_mul({gate_up.data(), activated.data(), rows, kIntermediate, DType::bfloat16},
+                       stream);
+        after_each();
+        product(activated, downs[i], hidden, kHidden, kIntermediate);
+      }
+    };
+    auto reset = [&] {
+      for (DeviceTensor* tensor : {&hidden, &residual}) {
+        copy_to_device(tensor->data(), static_cast<const char*>(start.data()), start.size() * 2,
+                       stream);
+      }
+    };
+    reset();
+    chain([&] { OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream)); });
+    Tensor plain = hidden.read(), plain_residual = residual.read();
+    for (size_t i = 0; i < plain.size(); ++i) ASSERT_TRUE(std::isfinite(plain.get(i)));
+
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t replay = nullptr;
+    OPTIMUS_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    chain([] {});
+    OPTIMUS_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    OPTIMUS_CUDA_CHECK(cudaGraphInstantiate(&replay, graph, 0));
+    for (int i = 0; i < 10; ++i) {
+      reset();
+      OPTIMUS_CUDA_CHECK(cudaGraphLaunch(replay, stream));
+      OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream));
+      expect_same_as_twin(hidden.read(), plain);
+      expect_same_as_twin(residual.read(), plain_residual);
+      if (HasFatalFailure()) return;
+    }
+    OPTIMUS_CUDA_CHECK(cudaGraphExecDestroy(replay));
+    OPTIMUS_CUDA_CHECK(cudaGraphDestroy(graph));
+  }
+  OPTIMUS_CUDA_CHECK(cudaStreamDestroy(stream));
+}
+
+TEST_F(CudaGemmStream, LeavesAloneWhatItDoesNotTake) {
+  DeviceBuffer<char> data(1 << 16);
+  GemmParams params{data.data(), data.data(), data.data(),     8,
+                    64,          64,          DType::bfloat16, DType::bfloat16};
+  ASSERT_TRUE(cuda::stream_gemm_takes(params));
+  const cuda::StreamGemm way = cuda::stream_gemm_candidates(params).front();
+  auto refused = [&](GemmParams changed) {
+    EXPECT_FALSE(cuda::stream_gemm_takes(changed));
+    EXPECT_TRUE(cuda::stream_gemm_candidates(changed).empty());
+    expect_invalid([&] { cuda::stream_gemm(changed, way, nullptr); }, "does not take rows");
+  };
+  GemmParams changed = params;
+  changed.rows = cuda::kStreamGemmMaxRows + 1;
+  refused(changed);
+  changed = params;
+  changed.k = 60;
+  refused(changed);
+  changed = params;
+  changed.dtype = changed.out_dtype = DType::float32;
+  refused(changed);
+  changed = params;
+  changed.x = data.data() + 8;
+  refused(changed);
+  // More rows than the way was made for.
+  changed = params;
+  changed.rows = 64;
+  expect_invalid([&] { cuda::stream_gemm(changed, way, nullptr); }, "does not take rows 64");
+}
+
+}  // namespace
+}  // namespace optimus
