@@ -175,7 +175,10 @@ Model::Model(const ModelConfig& config, Device device) : config_(config), device
   }
   std::vector<float> inv_freq(c.head_dim / 2);
   for (int j = 0; j < c.head_dim / 2; ++j) {
-    inv_freq[j] = static_cast<float>(std::pow(c.rope_theta, -2.0 * j / c.head_dim));
+    // Exponent, power and reciprocal are each rounded to fp32, as when the models were trained:
+    // rounded once, a frequency is a few units in the last place off, times the position.
+    const float exponent = static_cast<float>(2 * j) / static_cast<float>(c.head_dim);
+    inv_freq[j] = 1.0f / static_cast<float>(std::pow(c.rope_theta, double{exponent}));
   }
   inv_freq_ = Buffer<float>(inv_freq.size(), device);
   inv_freq_.copy_in(0, inv_freq.data(), inv_freq.size());
