@@ -3,7 +3,7 @@
 // Work is cut into (row group x panel) items, so that one row and 512 rows both use every core. A
 // thread copies the rows of its group to fp32 scratch once (bf16 widens, and rows 4 KiB apart would
 // compete for the same cache sets), then streams its panels past them; a panel stays in L2 for all
-// row tiles of the group. k is never split: no sum is ever reassociated.
+// row tiles of the group. Threads never share a sum: its order depends on k alone.
 #include <algorithm>
 
 #include "core/buffer.h"

@@ -6,6 +6,7 @@
 // none of its values (except the sign of a zero, which the caller removes).
 
 constexpr int kFewLanes = 8;
+constexpr int kAttentionStretch = 32;  // of both products; divides kAttentionKeys
 
 // Scores -> probabilities against the new running maximum, for lanes [lane, lane + kLanes).
 inline void softmax_lanes(const AttentionTile& tile, int lane) {
@@ -79,8 +80,8 @@ inline void scores_of_few_lanes(const AttentionTile& tile) {
   alignas(64) float scores[kFewLanes * kAttentionKeys];
   transpose_keys(tile);
   product<Rows::interleaved>(tile.q, kAttentionLanes, tile.lanes, tile.transposed, kAttentionKeys,
-                             round_up(tile.num_keys, kLanes), tile.head_dim, scores, kAttentionKeys,
-                             false);
+                             round_up(tile.num_keys, kLanes), tile.head_dim, kAttentionStretch,
+                             scores, kAttentionKeys, false);
   for (int key = 0; key < tile.num_keys; ++key) {
     for (int lane = 0; lane < tile.lanes; ++lane) {
       tile.scores[key * kAttentionLanes + lane] = scores[lane * kAttentionKeys + key];
@@ -94,9 +95,11 @@ inline void attention_tile(const AttentionTile& tile) {
     scores_of_few_lanes(tile);
   } else {
     product<Rows::contiguous>(tile.k, tile.head_stride, tile.num_keys, tile.q, kAttentionLanes,
-                              width, tile.head_dim, tile.scores, kAttentionLanes, false);
+                              width, tile.head_dim, kAttentionStretch, tile.scores, kAttentionLanes,
+                              false);
   }
   for (int lane = 0; lane < width; lane += kLanes) softmax_lanes(tile, lane);
   product<Rows::interleaved>(tile.scores, kAttentionLanes, tile.lanes, tile.v, tile.head_stride,
-                             tile.head_stride, tile.num_keys, tile.out, tile.head_stride, true);
+                             tile.head_stride, tile.num_keys, kAttentionStretch, tile.out,
+                             tile.head_stride, true);
 }
