@@ -1,6 +1,6 @@
-// The four products of an SDAR-8B layer as a step runs them: with the small kernels between, layer after
-// layer over distinct weights, in one CUDA graph; by what plan_gemm chooses, by the streaming kernel
-// alone and by the library's kernels alone.
+// The four products of an SDAR-8B layer as a step runs them: with the small kernels between, layer
+// after layer over distinct weights, in one CUDA graph; by what plan_gemm chooses, by the streaming
+// kernel alone and by the library's kernels alone.
 //
 //   bench_layer_chain_cuda [--json FILE]
 //

@@ -11,8 +11,8 @@
 // kernel, as much as the ring holds: while a product ends and small kernels run, the weights of the
 // next are being read. That takes most of an SM's shared memory; what is left is for the small kernels,
 // which must be resident beside it. Memory that is kept too busy answers the small kernels late, so
-// the ring fills with few copies at a time until it is this kernel's turn, and weights leave the L2 cache first, not what is small and
-// read again.
+// the ring fills with few copies at a time until it is this kernel's turn, and weights leave the L2
+// cache first, not what is small and read again.
 //
 // Code that runs once is slow to fetch: what is behind the products is short loops.
 #pragma once
