@@ -1,5 +1,6 @@
-// The four products of an SDAR-8B layer as a step runs them: with the small kernels between, layer after
-// layer over distinct weights, in one CUDA graph; by the library's kernels and by what plan_gemm chooses.
+// The four products of an SDAR-8B layer as a step runs them: with the small kernels between, layer
+// after layer over distinct weights, in one CUDA graph; by what plan_gemm chooses, by the streaming
+// kernel alone and by the library's kernels alone.
 //
 //   bench_layer_chain_cuda [--json FILE]
 //
@@ -56,18 +57,9 @@ class Bench {
 
   void run() {
     for (int rows : kRows) {
-      const double ms = plan(rows, cuda::GemmKernels::any);
-      time("planned, products alone", rows, false);
-      time("planned, chain", rows, true);
-      std::printf("  planned in %.0f ms:", ms);
-      for (int i = 0; i < kProducts; ++i) {
-        std::printf(" %s by %s;", kLayer[i].name,
-                    cuda::describe_gemm(params(i, rows, weights_.data())).c_str());
-      }
-      std::printf("\n");
-      plan(rows, cuda::GemmKernels::library);
-      time("cuBLASLt, products alone", rows, false);
-      time("cuBLASLt, chain", rows, true);
+      run(rows, "planned", cuda::GemmKernels::any);
+      if (rows <= 128) run(rows, "streaming", cuda::GemmKernels::stream);
+      run(rows, "cuBLASLt", cuda::GemmKernels::library);
     }
   }
 
@@ -124,15 +116,20 @@ class Bench {
             workspace_.size()};
   }
 
-  double plan(int rows, cuda::GemmKernels kernels) {
+  void run(int rows, const char* whose, cuda::GemmKernels kernels) {
     const auto begin = std::chrono::steady_clock::now();
+    std::string chosen;
+    char* weight = weights_.data();
     for (int i = 0; i < kProducts; ++i) {
-      char* weight = weights_.data();
-      for (int j = 0; j < i; ++j) weight += kLayer[j].bytes();
-      cuda::plan_gemm(params(i, rows, weight), /*measure=*/true, stream_, kernels);
+      const GemmParams product = params(i, rows, weight);
+      cuda::plan_gemm(product, /*measure=*/true, stream_, kernels);
+      chosen += concat(" ", kLayer[i].name, " by ", cuda::describe_gemm(product), ";");
+      weight += kLayer[i].bytes();
     }
-    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
-        .count();
+    const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
+    time(concat(whose, ", products alone"), rows, false);
+    time(concat(whose, ", chain"), rows, true);
+    std::printf("  planned in %.0f ms:%s\n", ms.count(), chosen.c_str());
   }
 
   // What runs before product `i` of a layer.
@@ -153,7 +150,7 @@ class Bench {
     }
   }
 
-  void time(const char* what, int rows, bool chain) {
+  void time(const std::string& what, int rows, bool chain) {
     double us = time_us(stream_, kLayers, [&](int layer, cudaStream_t stream) {
       char* weight = weights_.data() + layer * layer_bytes();
       for (int i = 0; i < kProducts; ++i) {

@@ -12,13 +12,17 @@ namespace {
 
 using Kernel = void (*)(stream::Args, CUtensorMap, CUtensorMap);
 
+constexpr double kMinBusySms = 0.6;
 constexpr int kMaxSplits = 8;  // CTAs of a cluster, on any GPU that has clusters
 constexpr int kAlignmentBytes = 1024;
 // Shared memory of an SM that is left to small kernels: they must be resident beside this one.
 constexpr int kLeftBytes = 9 << 10;
-// Copies under way: what keeps the memory busy. With many rows of x, whose loads queue behind those
-// of the weight, also later.
-constexpr int kEarlyBytes = 48 << 10, kManyRowsBytes = 96 << 10, kManyRows = 64;
+// Copies under way in an SM, at most. Before the kernel's turn: few or more, to be measured. After:
+// with many rows of x, whose loads queue behind those of the weight, what keeps the memory busy.
+constexpr int kEarlyBytes[] = {32 << 10, 64 << 10};
+constexpr int kManyRows = 64, kManyRowsBytes = 96 << 10;
+// Stages of x: few rows take little memory, so as many as of the weight.
+constexpr int kFewRows = 16, kXSlots = 6, kMinXSlots = 4;
 
 struct Variant {
   int tile_n, tile_rows, stage_columns, weight_bytes, x_bytes, threads;
@@ -39,13 +43,24 @@ Variant variant() {
           Shape::end_bytes};
 }
 
+template <int kTileRows>
+void add_variants(std::vector<Variant>& all) {
+  if constexpr (kTileRows <= 64) all.push_back(variant<64, kTileRows>());
+  all.push_back(variant<128, kTileRows>());
+  all.push_back(variant<192, kTileRows>());
+}
+
 const std::vector<Variant>& variants() {
-  static const std::vector<Variant> all = {
-      variant<64, 8>(),    variant<128, 8>(),   variant<192, 8>(),  variant<64, 16>(),
-      variant<128, 16>(),  variant<192, 16>(),  variant<64, 32>(),  variant<128, 32>(),
-      variant<192, 32>(),  variant<64, 64>(),   variant<128, 64>(), variant<192, 64>(),
-      variant<128, 128>(), variant<192, 128>(),
-  };
+  static const std::vector<Variant> all = [] {
+    std::vector<Variant> found;
+    add_variants<8>(found);
+    add_variants<16>(found);
+    add_variants<32>(found);
+    add_variants<64>(found);
+    add_variants<96>(found);
+    add_variants<128>(found);
+    return found;
+  }();
   return all;
 }
 
@@ -94,7 +109,7 @@ int shared_bytes_per_cta() {
 }
 
 // One wave of CTAs with equal shares: the two finest splits of k that the SMs take, or whole tiles
-// in rounds.
+// in rounds. Too few CTAs do not keep the memory busy.
 std::vector<std::pair<int, int>> splits_and_ctas(int num_tiles, int num_chunks) {
   const int sms = device_properties().num_sms;
   std::vector<std::pair<int, int>> found;
@@ -102,26 +117,26 @@ std::vector<std::pair<int, int>> splits_and_ctas(int num_tiles, int num_chunks) 
     if (splits * num_tiles <= sms) found.emplace_back(splits, splits * num_tiles);
   }
   if (found.size() < 2) found.emplace_back(1, ceil_div(num_tiles, ceil_div(num_tiles, sms)));
+  while (found.size() > 1 && found.back().second < kMinBusySms * sms) found.pop_back();
   return found;
 }
 
-// Stages of x worth trying: as many as of the weight, or few, for more of the weight.
-StreamGemm with_slots(StreamGemm way, const Variant& variant, int num_x_slots, int bytes) {
-  const int barriers = 8, left = bytes - kAlignmentBytes - barriers;
-  way.num_x_slots = num_x_slots;
-  if (num_x_slots == 0) {
-    way.num_slots = left / (variant.weight_bytes + variant.x_bytes + 3 * barriers);
-    way.num_x_slots = way.num_slots;
+int copies(const StreamGemm& way, const Variant& variant, int bytes) {
+  return std::max(1, std::min(way.num_slots, bytes / variant.weight_bytes));
+}
+
+void set_slots(StreamGemm& way, const Variant& variant, int bytes) {
+  constexpr int kBarrier = 8;
+  const int left = bytes - kAlignmentBytes - 2 * kBarrier;
+  const int x_slot = variant.x_bytes + kBarrier, slot = variant.weight_bytes + 2 * kBarrier;
+  if (way.tile_rows <= kFewRows) {
+    way.num_slots = way.num_x_slots = left / (slot + x_slot);
   } else {
-    way.num_slots =
-        (left - num_x_slots * (variant.x_bytes + barriers)) / (variant.weight_bytes + 2 * barriers);
+    way.num_x_slots = (left - kXSlots * x_slot) / slot >= kXSlots ? kXSlots : kMinXSlots;
+    way.num_slots = (left - way.num_x_slots * x_slot) / slot;
   }
-  auto copies = [&](int limit) {
-    return std::max(1, std::min(way.num_slots, limit / variant.weight_bytes));
-  };
-  way.num_early_copies = copies(kEarlyBytes);
-  way.num_copies = way.tile_rows >= kManyRows ? copies(kManyRowsBytes) : way.num_slots;
-  return way;
+  way.num_copies =
+      way.tile_rows >= kManyRows ? copies(way, variant, kManyRowsBytes) : way.num_slots;
 }
 
 }  // namespace
@@ -138,26 +153,25 @@ std::vector<StreamGemm> stream_gemm_candidates(const GemmParams& params) {
   std::vector<StreamGemm> found;
   if (!stream_gemm_takes(params)) return found;
   const int bytes = shared_bytes_per_cta();
-  int tile_rows = 8;
-  while (tile_rows < params.rows) tile_rows *= 2;
-  const std::vector<int> x_slots = tile_rows <= 16   ? std::vector<int>{0}
-                                   : tile_rows <= 64 ? std::vector<int>{0, 4}
-                                                     : std::vector<int>{3, 4};
+  int tile_rows = kStreamGemmMaxRows;
+  for (const Variant& variant : variants()) {
+    if (variant.tile_rows >= params.rows) tile_rows = std::min(tile_rows, variant.tile_rows);
+  }
   for (const Variant& variant : variants()) {
     if (variant.tile_rows != tile_rows) continue;
     StreamGemm way{};
     way.tile_n = variant.tile_n;
     way.tile_rows = tile_rows;
+    set_slots(way, variant, bytes);
     const int num_tiles = ceil_div(params.n, way.tile_n);
     const int num_chunks = ceil_div(params.k, variant.stage_columns);
     for (auto [splits, ctas] : splits_and_ctas(num_tiles, num_chunks)) {
       way.splits = splits;
       way.ctas = ctas;
-      for (int num_x_slots : x_slots) {
-        const StreamGemm candidate = with_slots(way, variant, num_x_slots, bytes);
-        if (fits(make_args(params, candidate, variant), candidate, variant)) {
-          found.push_back(candidate);
-        }
+      if (!fits(make_args(params, way, variant), way, variant)) continue;
+      for (int early : kEarlyBytes) {
+        way.num_early_copies = copies(way, variant, early);
+        found.push_back(way);
       }
     }
   }
@@ -183,7 +197,8 @@ void stream_gemm(const GemmParams& params, const StreamGemm& way, cudaStream_t s
 
 std::string describe(const StreamGemm& way) {
   return concat("stream ", way.tile_n, "x", way.tile_rows, ", ", way.ctas, " CTAs, k in ",
-                way.splits, ", ", way.num_slots, "+", way.num_x_slots, " stages");
+                way.splits, ", ", way.num_slots, "+", way.num_x_slots, " stages, ",
+                way.num_early_copies, " early");
 }
 
 }  // namespace optimus::cuda

@@ -16,7 +16,7 @@ struct StreamGemm {
   int tile_n, tile_rows, splits, ctas;
   int num_slots, num_x_slots;  // stages of the weight and of x in shared memory
   int num_early_copies,
-      num_copies;  // of the weight under way at a time: while the ring fills, later
+      num_copies;  // of the weight under way at a time: before its turn, after
 };
 
 // Whether it runs on the current device and takes these shapes, types and pointers.

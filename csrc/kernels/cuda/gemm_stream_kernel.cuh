@@ -11,8 +11,8 @@
 // kernel, as much as the ring holds: while a product ends and small kernels run, the weights of the
 // next are being read. That takes most of an SM's shared memory; what is left is for the small kernels,
 // which must be resident beside it. Memory that is kept too busy answers the small kernels late, so
-// the ring fills with few copies at a time, and weights leave the L2 cache first, not what is small and
-// read again.
+// the ring fills with few copies at a time until it is this kernel's turn, and weights leave the L2
+// cache first, not what is small and read again.
 //
 // Code that runs once is slow to fetch: what is behind the products is short loops.
 #pragma once
@@ -30,8 +30,8 @@ struct Args {
   int splits;            // CTAs of a cluster, which share a tile; 1: the CTAs take tiles in turn
   int num_slots;         // stages of the weight in shared memory
   int num_x_slots;       // stages of x; at most num_slots
-  int num_early_copies;  // of the weight under way at a time while the ring fills
-  int num_copies;        // and later
+  int num_early_copies;  // of the weight under way at a time, before the kernel's turn
+  int num_copies;        // and after
   bool out_is_float;
 
   // Sums go through shared memory; then a CTA has one tile.
@@ -51,7 +51,7 @@ struct Tile {
   static constexpr int kWeightBytes = kBoxes * kWeightBoxBytes, kXBytes = kBoxes * kXBoxBytes;
   static constexpr int kConsumers = kTileN * 2, kThreads = kConsumers + 64;
   // A bound on registers, which leaves some for the small kernels that share the SM.
-  static constexpr int kBound = kTileN == 192 && kTileRows == 128 ? 544 : kThreads;
+  static constexpr int kBound = kTileN == 192 && kTileRows > 64 ? 544 : kThreads;
   static constexpr int kGroups = kTileRows / 8;  // a thread's sums are in groups of 8 rows of x
   static constexpr int kGroupBytes = kConsumers * 16;   // a group's sums in fp32
   static constexpr int kOutRowBytes = kTileN * 2 + 16;  // on the way out; padded against conflicts
@@ -68,7 +68,7 @@ struct RingShape {
   __host__ __device__ int data_bytes() const {
     return num_slots * weight_bytes + num_x_slots * x_bytes;
   }
-  __host__ __device__ int num_barriers() const { return 2 * num_slots + num_x_slots + 1; }
+  __host__ __device__ int num_barriers() const { return 2 * num_slots + num_x_slots + 2; }
   __host__ __device__ int bytes() const { return data_bytes() + num_barriers() * 8; }
 };
 
@@ -85,6 +85,7 @@ struct Ring : RingShape {
   __device__ uint32_t released(int slot) const { return barrier(num_slots + slot); }
   __device__ uint32_t x_full(int slot) const { return barrier(2 * num_slots + slot); }
   __device__ uint32_t received() const { return barrier(2 * num_slots + num_x_slots); }
+  __device__ uint32_t turn() const { return barrier(2 * num_slots + num_x_slots + 1); }
 };
 
 // Where in a ring of `slots` one is.
@@ -142,8 +143,10 @@ struct Producer {
     Stage stage = first();
     Position landed;
     int num_landed = 0;
+    bool is_turn = false;
     for (int i = 0; i < stages; ++i, next(stage, ring.num_slots)) {
-      const int copies = i < ring.num_slots ? args.num_early_copies : args.num_copies;
+      is_turn = is_turn || ptx::barrier_test(ring.turn(), 0);
+      const int copies = is_turn ? args.num_copies : args.num_early_copies;
       for (; i - num_landed >= copies; ++num_landed) {
         ptx::barrier_wait(ring.weight_full(landed.slot), landed.phase);
         landed.advance(ring.num_slots);
@@ -385,6 +388,7 @@ __global__ void __launch_bounds__(Tile<kTileN, kTileRows>::kBound, 1)
         cudaTriggerProgrammaticLaunchCompletion();
       } else {
         cudaGridDependencySynchronize();
+        ptx::barrier_arrive(ring.turn());
         Producer<kTileN, kTileRows>{args, &x_map, ring, share}.copy_x();
       }
     }
