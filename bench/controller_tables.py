@@ -47,7 +47,8 @@ def sweeps_table(report: Result) -> str:
     """One line per sweep: against the best fixed chunk length, AR and fixed blocks."""
     lines = [
         "| curve, requests | elastic / best fixed | per request / best fixed "
-        "| oracle of chunks / best fixed | elastic / AR, most | elastic / block, most | AR wins at |",
+        "| oracle of chunks / best fixed | elastic / AR, most | elastic / block, most "
+        "| AR wins at |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, results in report["sweeps"].items():

@@ -4,8 +4,8 @@
 
 #include <climits>
 
-#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/ptx.cuh"
 
 namespace optimus::cuda::attention {
 namespace {
