@@ -56,10 +56,11 @@ void ChunkPolicy::open_segments(const RequestLoad& load, const Group& group, int
   };
   int rank = first;
   const int num_seen = std::min(last, static_cast<int>(history.confidence.size()));
-  for (; rank < num_seen; ++rank) add(CommitModel::lookup(group.table, rank, history), 1);
+  const CommitModel::Cells cells(history);
+  for (; rank < num_seen; ++rank) add(group.table[cells[rank]], 1);
   while (rank < last) {
     const int end = std::min(last, CommitModel::rank_bin_end(rank));
-    add(CommitModel::lookup(group.table, rank, history), end - rank);
+    add(group.table[cells[rank]], end - rank);
     rank = end;
   }
   const size_t begin = segments_.size();
@@ -106,8 +107,9 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
       const int last = std::min(group.longest, load.num_masked);
       float none = 1;
       base_commits += 1;
+      const CommitModel::Cells cells(history);
       for (int rank = 0; rank < first; ++rank) {
-        base_commits += add_masks(CommitModel::lookup(group.table, rank, history), 1, none);
+        base_commits += add_masks(group.table[cells[rank]], 1, none);
       }
       ++num_requests;
       base_rows += first;

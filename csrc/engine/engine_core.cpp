@@ -163,6 +163,9 @@ void EngineCore::prefetch() const {
     }
   };
   if (plan_ == nullptr) return;
+  fetch(changes_.data(), changes_.capacity() * sizeof(Change));
+  fetch(new_commits_.data(), new_commits_.capacity() * sizeof(Commit));
+  fetch(observations_.data(), observations_.capacity() * sizeof(CommitModel::Observation));
   fetch(plan_->seqs.data(), plan_->seqs.size() * sizeof(SeqPlan));
   for (const SeqPlan& seq : plan_->seqs) fetch(seq.request, sizeof(Request));
   for (const SeqPlan& seq : plan_->seqs) {
@@ -233,10 +236,9 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
   }
   request.previous_block_pending = result.block_start[slot] != request.block_start;
   Change change{&request, last - first, 0, 0, seq.chunk_length, 0, 0, FinishReason::none};
-  look_at(request, seq, result, first, last, change);
+  look_at(request, seq, result, first, change);
   const size_t num_before = new_commits_.size();
-  for (int i = first; i < last; ++i) {
-    if (!result.candidates.committed[i]) continue;
+  for (int i : committed_rows_) {
     OutputToken token{result.candidates.token_ids[i], result.candidates.logprob[i],
                       result.candidates.confidence[i], request.metrics.nfe};
     int output_idx = request.block_start + result.logit_offsets[i] - request.prompt_len();
@@ -271,39 +273,50 @@ bool EngineCore::has_usual_chunks() const {
 }
 
 void EngineCore::look_at(Request& request, const SeqPlan& seq, const StepResult& result, int first,
-                         int last, Change& change) {
-  const Candidates& candidates = result.candidates;
-  const int num_committed =
-      static_cast<int>(std::count_if(candidates.committed + first, candidates.committed + last,
-                                     [](uint8_t committed) { return committed != 0; }));
-  // A sole commit may be the one that every step makes, whatever its rule accepts.
-  const bool by_threshold = request.params.unmasking_strategy == kLowConfidenceDynamic;
-  const float needed = num_committed > 1 ? -1.0f
-                       : by_threshold    ? request.params.confidence_threshold
-                                         : 1.0f;
-  const CommitModel::Cells cells(request.history);
-  for (int i = first; i < last && config_.decode_mode != DecodeMode::ar; ++i) {
-    const bool accepted = candidates.committed[i] && candidates.confidence[i] > needed;
-    observations_.push_back({static_cast<uint16_t>(cells[i - first]), accepted});
+                         Change& change) {
+  const int count = change.num_masks;
+  const float* confidence = result.candidates.confidence + first;
+  const uint8_t* committed = result.candidates.committed + first;
+  MaskHistory& history = request.history;
+  // Which masks commit, nobody can predict: there are no branches on it.
+  committed_rows_.resize(count);
+  for (int i = 0; i < count; ++i) {
+    committed_rows_[change.num_committed] = first + i;
+    change.num_committed += committed[i] != 0;
   }
-  change.num_committed = num_committed;
+  committed_rows_.resize(change.num_committed);
+  if (config_.decode_mode != DecodeMode::ar) {
+    // A sole commit may be the one that every step makes, whatever its rule accepts.
+    const bool by_threshold = request.params.unmasking_strategy == kLowConfidenceDynamic;
+    const float needed = change.num_committed > 1 ? -1.0f
+                         : by_threshold           ? request.params.confidence_threshold
+                                                  : 1.0f;
+    const CommitModel::Cells cells(history);
+    const size_t at = observations_.size();
+    observations_.resize(at + count);
+    for (int i = 0; i < count; ++i) {
+      const bool accepted = (committed[i] != 0) & (confidence[i] > needed);
+      observations_[at + i] = {static_cast<uint16_t>(cells[i]), accepted};
+    }
+  }
   if (has_usual_chunks()) {
-    request.num_learned_commits += num_committed;
+    request.num_learned_commits += change.num_committed;
     request.last_chunk_length = seq.chunk_length;
   }
   if (request.previous_block_pending) {  // a new block: how the last one ended still tells
     request.previous_needs_refresh = request.block_needs_refresh;
     request.block_needs_refresh = false;
   }
-  request.history.confidence.clear();
-  for (int i = first; i < last; ++i) {
-    if (!result.candidates.committed[i]) {
-      request.history.confidence.push_back(result.candidates.confidence[i]);
-    }
+  history.confidence.resize(count);
+  int num_left = 0;
+  for (int i = 0; i < count; ++i) {
+    history.confidence[num_left] = confidence[i];
+    num_left += committed[i] == 0;
   }
-  request.history.num_evaluated = last - first;
-  request.history.num_committed = num_committed;
-  request.history.advance_pace();
+  history.confidence.resize(num_left);
+  history.num_evaluated = count;
+  history.num_committed = change.num_committed;
+  history.advance_pace();
 }
 
 void EngineCore::record_commit(Request& request, int output_idx, OutputToken token) {

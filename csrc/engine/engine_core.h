@@ -67,9 +67,9 @@ class EngineCore {
   void update_prefill(const SeqPlan& seq);
   // Returns the number of logits rows of the sequence.
   int update_decode(const SeqPlan& seq, const StepResult& result, int first_logit_row);
-  // Notes what became of rows [first, last), for the commit model, and what they said, for the
-  // request.
-  void look_at(Request& request, const SeqPlan& seq, const StepResult& result, int first, int last,
+  // Notes what became of the rows from `first` on, for the commit model, and what they said, for the
+  // request; committed_rows_ are those that committed.
+  void look_at(Request& request, const SeqPlan& seq, const StepResult& result, int first,
                Change& change);
   void learn();  // of all that was noted
   // Rows by marginal gain have none: small ones go to requests in hard stretches.
@@ -93,6 +93,7 @@ class EngineCore {
   std::vector<Commit> new_commits_;                     // of all changes
   std::vector<CommitModel::Observation> observations_;  // of all changes
   StepRecord record_;
+  std::vector<int> committed_rows_;  // of one request
   std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
   int num_unfinished_ = 0;
   uint64_t next_id_ = 1, step_ = 0;
