@@ -17,10 +17,7 @@
 namespace optimus {
 namespace {
 
-constexpr int kLevels = 64;      // of gain in [0, 1]
 constexpr double kTrust = 16.0;  // commits the estimate of the price of time is worth
-
-int level_of(float gain) { return std::clamp(static_cast<int>(gain * kLevels), 0, kLevels - 1); }
 
 // A step commits every mask that its rule accepts, and the most confident one when it accepts none:
 // 1 * P(none) + the sum of the probabilities, if masks are independent. So `rows` more masks of
@@ -29,48 +26,42 @@ float add_masks(float probability, int rows, float& none) {
   const float before = none;
   float factor = 1 - probability;
   for (int left = rows; left > 0; left /= 2, factor *= factor) {
-    if (left % 2 != 0) none *= factor;
+    none *= left % 2 != 0 ? factor : 1.0f;
   }
   return probability * rows - (before - none);
 }
 
 }  // namespace
 
-// Appends the segments of masks [first, last) of a request, in order of falling mean gain. Returns
-// nothing; segments of one request are contiguous in segments_.
-void ChunkPolicy::open_segments(const RequestLoad& load, const Group& group, int first, int last,
-                                float none) {
-  static const MaskHistory kNothing;
-  const MaskHistory& history = load.history != nullptr ? *load.history : kNothing;
-  float commits_of[kMaxBlockLength];  // of each segment so far
-  int rows_of[kMaxBlockLength];
-  int count = 0;
+// Appends the segments of masks [first, last) of a request, in order of falling mean gain, and adds
+// them to the levels. Segments of one request are contiguous in segments_; there is room.
+void ChunkPolicy::open_segments(const Group& group, const CommitModel::Cells& cells, int first,
+                                int last, float none, Levels& levels) {
+  Segment* const begin = segments_.data() + num_segments_;
+  Segment* end = begin;
   const auto add = [&](float probability, int rows) {
     float commits = add_masks(probability, rows, none);
-    for (; count > 0 && commits_of[count - 1] * rows <= commits * rows_of[count - 1]; --count) {
-      commits += commits_of[count - 1];
-      rows += rows_of[count - 1];
+    for (; end != begin && end[-1].commits * rows <= commits * end[-1].rows; --end) {
+      commits += end[-1].commits;
+      rows += end[-1].rows;
     }
-    commits_of[count] = commits;
-    rows_of[count++] = rows;
+    *end++ = {commits, rows, 0};
   };
   int rank = first;
-  const int num_seen = std::min(last, static_cast<int>(history.confidence.size()));
-  const CommitModel::Cells cells(history);
+  const int num_seen = std::min(last, cells.num_seen());
   for (; rank < num_seen; ++rank) add(group.table[cells[rank]], 1);
   while (rank < last) {
     const int end = std::min(last, CommitModel::rank_bin_end(rank));
     add(group.table[cells[rank]], end - rank);
     rank = end;
   }
-  const size_t begin = segments_.size();
-  segments_.resize(begin + count);
-  for (int i = 0; i < count; ++i) {
-    Segment& segment = segments_[begin + i];
-    segment.commits = commits_of[i];
-    segment.rows = rows_of[i];
-    segment.level = level_of(commits_of[i] / rows_of[i]);
+  for (Segment* segment = begin; segment != end; ++segment) {
+    const float gain = segment->commits / segment->rows;
+    segment->level = std::clamp(static_cast<int>(gain * kLevels), 0, kLevels - 1);
+    levels.rows[segment->level] += segment->rows;
+    levels.gains[segment->level] += segment->commits;
   }
+  num_segments_ = static_cast<int>(end - segments_.data());
 }
 
 void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const StepLoad& other,
@@ -92,14 +83,14 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
   // Every request gets the shortest length that is good enough; the rest is up for allocation.
   lengths_.clear();
   needs_refresh_.clear();
-  segments_.clear();
+  segments_.resize(loads.size() * config_.block_length);
+  num_segments_ = 0;
   segment_ends_.clear();
-  double rows[kLevels] = {}, gains[kLevels] = {};
+  Levels levels;
   double base_rows = other.rows + without_masks_rows_, base_commits = 0, refresh_rows = 0;
   int num_requests = 0;
   static const MaskHistory kNothing;
   for (const RequestLoad& load : loads) {
-    const size_t begin = segments_.size();
     if (load.num_masked > 0) {
       const Group& group = groups_[load.commit_context];
       const MaskHistory& history = load.history != nullptr ? *load.history : kNothing;
@@ -115,18 +106,14 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
       base_rows += first;
       if (group.refresh)
         refresh_rows += refresh_share(group.yields[2 * arm_index + refresh].commits);
-      open_segments(load, group, first, last, none);
-      for (size_t s = begin; s < segments_.size(); ++s) {
-        rows[segments_[s].level] += segments_[s].rows;
-        gains[segments_[s].level] += segments_[s].commits;
-      }
+      open_segments(group, cells, first, last, none, levels);
       lengths_.push_back(first);
       needs_refresh_.push_back(group.refresh);
     } else {
       lengths_.push_back(config_.chunk_lengths[0]);
       needs_refresh_.push_back(refresh);
     }
-    segment_ends_.push_back(static_cast<int>(segments_.size()));
+    segment_ends_.push_back(num_segments_);
   }
   if (num_requests == 0) return;
   const double per_commit = 1 + refresh_rows / num_requests;  // rows every commit brings
@@ -158,18 +145,18 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
   const std::vector<LatencyProfile::Point>& corners = latency.profile().decode;
   auto corner = corners.begin();
   for (int level = kLevels - 1; level >= 0; --level) {
-    if (rows[level] == 0) continue;
-    const double gain = gains[level] / rows[level];
+    if (levels.rows[level] == 0) continue;
+    const double gain = levels.gains[level] / levels.rows[level];
     const double growth = 1 + gain * per_commit;
     const double before = taken_rows + taken_commits * per_commit;
-    const double after = before + rows[level] * growth;
+    const double after = before + levels.rows[level] * growth;
     for (; corner != corners.end() && corner->rows < after; ++corner) {
       const double x = std::floor((corner->rows - before) / growth);
       if (x > 0) try_stop(level, x, taken_rows + x, taken_commits + x * gain);
     }
-    taken_rows += rows[level];
-    taken_commits += gains[level];
-    try_stop(level, rows[level], taken_rows, taken_commits);
+    taken_rows += levels.rows[level];
+    taken_commits += levels.gains[level];
+    try_stop(level, levels.rows[level], taken_rows, taken_commits);
   }
 
   // Hand the rows out: whole levels above the stop, `x` rows of its own.

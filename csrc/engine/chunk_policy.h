@@ -105,6 +105,10 @@ class ChunkPolicy {
     float commits;  // expected
     int rows, level;
   };
+  static constexpr int kLevels = 64;  // of gain in [0, 1]
+  struct Levels {
+    double rows[kLevels] = {}, gains[kLevels] = {};
+  };
 
   void check() const;
   void choose_fixed(int chunk_length, const std::vector<RequestLoad>& loads, bool refresh);
@@ -123,7 +127,8 @@ class ChunkPolicy {
                 const LatencyModel& latency, const CommitModel& commits, ChunkDecision& decision);
   void set_range(Group& group, bool refresh) const;
   // `none`: probability that no mask before `first` is accepted.
-  void open_segments(const RequestLoad& load, const Group& group, int first, int last, float none);
+  void open_segments(const Group& group, const CommitModel::Cells& cells, int first, int last,
+                     float none, Levels& levels);
 
   ChunkPolicyConfig config_;
   int current_ = -1;  // index into arms_, -1 = none
@@ -140,7 +145,8 @@ class ChunkPolicy {
   std::vector<Group> groups_;
   int without_masks_rows_ = 0;
   int64_t kv_tokens_ = 0;
-  std::vector<Segment> segments_;  // of all requests
+  std::vector<Segment> segments_;  // of all requests: num_segments_, and room for more
+  int num_segments_ = 0;
   std::vector<int> segment_ends_;  // per request
 };
 

@@ -208,16 +208,17 @@ void CommitModel::history_table(int context, std::vector<float>& table) const {
   check(context, 0, "history_table");
   table.resize(kCells);
   const Context& c = contexts_[context];
-  float* to = table.data();
+  constexpr int kOfKind = kPaces * kAhead;
   for (int seen = 0; seen < kSeen; ++seen) {
     const float by_kind = kind_probability(c, seen);
-    for (int paced = seen * kPaces; paced < (seen + 1) * kPaces; ++paced) {
-      const float by_pace = blend(c.by_pace[paced], by_kind);
-      for (int ahead = 0; ahead < kAhead; ++ahead) {
-        const Counts& counts = c.by_cell[paced * kAhead + ahead];
-        *to++ = std::min(1.0f, blend(counts, by_pace + kDoubt));
-      }
+    float prior[kOfKind];
+    for (int pace = 0; pace < kPaces; ++pace) {
+      std::fill_n(prior + pace * kAhead, kAhead,
+                  blend(c.by_pace[seen * kPaces + pace], by_kind) + kDoubt);
     }
+    float* to = table.data() + seen * kOfKind;
+    const Counts* counts = c.by_cell.data() + seen * kOfKind;
+    for (int i = 0; i < kOfKind; ++i) to[i] = std::min(1.0f, blend(counts[i], prior[i]));
   }
 }
 

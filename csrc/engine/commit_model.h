@@ -72,6 +72,7 @@ class CommitModel {
   class Cells {
    public:
     explicit Cells(const MaskHistory& history);
+    int num_seen() const { return num_seen_; }
     int operator[](int rank) const {
       const float confidence = rank < num_seen_ ? confidence_[rank] : MaskHistory::kUnseen;
       const int kind = confidence >= 0 ? seen_kind(confidence) : unseen_kind_;
