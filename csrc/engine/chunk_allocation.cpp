@@ -81,16 +81,18 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
     set_range(group, refresh);
   }
   // Every request gets the shortest length that is good enough; the rest is up for allocation.
-  lengths_.clear();
-  needs_refresh_.clear();
-  segments_.resize(loads.size() * config_.block_length);
+  const size_t count = loads.size();
+  lengths_.assign(count, config_.chunk_lengths[0]);
+  needs_refresh_.assign(count, refresh);
+  segment_ends_.resize(count);
+  segments_.resize(count * config_.block_length);
   num_segments_ = 0;
-  segment_ends_.clear();
   Levels levels;
   double base_rows = other.rows + without_masks_rows_, base_commits = 0, refresh_rows = 0;
   int num_requests = 0;
   static const MaskHistory kNothing;
-  for (const RequestLoad& load : loads) {
+  for (size_t i = 0; i < count; ++i) {
+    const RequestLoad& load = loads[i];
     if (load.num_masked > 0) {
       const Group& group = groups_[load.commit_context];
       const MaskHistory& history = load.history != nullptr ? *load.history : kNothing;
@@ -107,13 +109,10 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
       if (group.refresh)
         refresh_rows += refresh_share(group.yields[2 * arm_index + refresh].commits);
       open_segments(group, cells, first, last, none, levels);
-      lengths_.push_back(first);
-      needs_refresh_.push_back(group.refresh);
-    } else {
-      lengths_.push_back(config_.chunk_lengths[0]);
-      needs_refresh_.push_back(refresh);
+      lengths_[i] = first;
+      needs_refresh_[i] = group.refresh;
     }
-    segment_ends_.push_back(num_segments_);
+    segment_ends_[i] = num_segments_;
   }
   if (num_requests == 0) return;
   const double per_commit = 1 + refresh_rows / num_requests;  // rows every commit brings
@@ -159,26 +158,27 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
     try_stop(level, levels.rows[level], taken_rows, taken_commits);
   }
 
-  // Hand the rows out: whole levels above the stop, `x` rows of its own.
-  double left = best.x;
-  size_t s = 0;
-  for (size_t i = 0; i < loads.size(); ++i) {
-    for (; s < static_cast<size_t>(segment_ends_[i]); ++s) {
-      const int level = segments_[s].level;
-      int take = 0;
-      if (level > best.level) {
-        take = segments_[s].rows;
-      } else if (level == best.level && left > 0) {
-        take = std::min(segments_[s].rows, static_cast<int>(left));
-        left -= take;
-      }
-      lengths_[i] += take;
-    }
-  }
+  hand_out(best.level, static_cast<int>(best.x));
   decision.expected_commits = best.commits;
   decision.predicted_ms = best.ms;
   decision.meets_target = best_meets;
   decision.reason = best_meets ? "rows by marginal gain" : "target_tpot_ms cannot be met: fastest";
+}
+
+// Whole levels above `level`, and `left` rows of its own.
+void ChunkPolicy::hand_out(int level, int left) {
+  const Segment* segment = segments_.data();
+  for (size_t i = 0; i < lengths_.size(); ++i) {
+    const Segment* const end = segments_.data() + segment_ends_[i];
+    // Levels fall: what is below is behind.
+    for (; segment != end && segment->level > level; ++segment) lengths_[i] += segment->rows;
+    for (; segment != end && segment->level == level && left > 0; ++segment) {
+      const int take = std::min(segment->rows, left);
+      lengths_[i] += take;
+      left -= take;
+    }
+    segment = end;
+  }
 }
 
 // Lengths open to a group: from the shortest that is good enough (a length between two arms counts

@@ -129,6 +129,7 @@ class ChunkPolicy {
   // `none`: probability that no mask before `first` is accepted.
   void open_segments(const Group& group, const CommitModel::Cells& cells, int first, int last,
                      float none, Levels& levels);
+  void hand_out(int level, int left);
 
   ChunkPolicyConfig config_;
   int current_ = -1;  // index into arms_, -1 = none
