@@ -109,6 +109,7 @@ void release_host_memory(void* data, Device device) noexcept {
 }
 
 void copy_memory(void* to, const void* from, size_t bytes, Device device) {
+  if (bytes == 0) return;  // the pointers may be null
   if (device == Device::cpu) {
     std::memcpy(to, from, bytes);
     return;
@@ -219,7 +220,9 @@ void release_memory(void* data, Device) noexcept { std::free(data); }
 void* allocate_host_memory(size_t bytes, Device device) { return allocate_memory(bytes, device); }
 void release_host_memory(void* data, Device) noexcept { std::free(data); }
 
-void copy_memory(void* to, const void* from, size_t bytes, Device) { std::memcpy(to, from, bytes); }
+void copy_memory(void* to, const void* from, size_t bytes, Device) {
+  if (bytes > 0) std::memcpy(to, from, bytes);  // or the pointers may be null
+}
 
 Stream::Stream(Device device) : device_(device) {
   if (device != Device::cpu) throw_no_cuda();
