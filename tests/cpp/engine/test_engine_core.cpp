@@ -19,6 +19,10 @@ class CoreDriver {
         threads_(1) {}
 
   StepOutput step(double plan_s, double forward_ms, double end_s) {
+    return core.update(run(plan_s), forward_ms, end_s);
+  }
+
+  StepResult run(double plan_s) {
     const StepPlan& plan = core.plan(plan_s);
     EXPECT_FALSE(plan.seqs.empty());
     buffers_.write_plan(plan);
@@ -31,7 +35,7 @@ class CoreDriver {
     }
     cpu::commit_candidates(
         buffers_.unmask_params(nullptr, ModelConfig{}, buffers_.num_logit_rows()));
-    return core.update(buffers_.result(), forward_ms, end_s);
+    return buffers_.result();
   }
 
   EngineCore core;
@@ -135,6 +139,51 @@ TEST(EngineCore, StepLogIsARingInOrder) {
     EXPECT_EQ(all.back().step, all.size());
     driver.core.log().clear();
     EXPECT_TRUE(driver.core.log().records().empty());
+  }
+}
+
+// The next step is planned between the halves of an update: what both see must not depend on that.
+TEST(EngineCore, PlanningAheadOfTheReportChangesNothing) {
+  for (DecodeMode mode : {DecodeMode::ar, DecodeMode::block, DecodeMode::chunk, DecodeMode::elastic,
+                          DecodeMode::elastic_per_request}) {
+    CoreDriver whole(core_config(mode)), halves(core_config(mode));
+    for (CoreDriver* driver : {&whole, &halves}) {
+      driver->core.latency().set_profile(flat_profile());
+      for (int i = 0; i < 9; ++i) {
+        driver->core.add_request(std::vector<int32_t>(10 + i, 1), simulated_params(20 + 3 * i), 0);
+      }
+    }
+    StepResult result = halves.run(0);
+    for (double now_s = 0; whole.core.has_unfinished(); now_s += 0.01) {
+      const StepOutput expected = whole.step(now_s, 2.0, now_s + 0.01);
+      halves.core.prefetch();
+      halves.core.apply(result, 2.0, now_s + 0.01);
+      if (halves.core.has_unfinished()) result = halves.run(now_s + 0.01);
+      const StepOutput got = halves.core.report();
+      ASSERT_EQ(got.updates.size(), expected.updates.size());
+      for (size_t i = 0; i < got.updates.size(); ++i) {
+        const RequestUpdate &a = got.updates[i], &b = expected.updates[i];
+        EXPECT_EQ(a.id, b.id);
+        EXPECT_EQ(a.num_known, b.num_known);
+        EXPECT_EQ(a.finish_reason, b.finish_reason);
+        ASSERT_EQ(a.commits.size(), b.commits.size());
+        for (size_t k = 0; k < a.commits.size(); ++k) {
+          EXPECT_EQ(a.commits[k].output_idx, b.commits[k].output_idx);
+          EXPECT_EQ(a.commits[k].token.step, b.commits[k].token.step);
+        }
+        EXPECT_EQ(halves.core.request(a.id).metrics.chunk_histogram,
+                  whole.core.request(b.id).metrics.chunk_histogram);
+      }
+      EXPECT_EQ(got.record.step, expected.record.step);
+      EXPECT_EQ(got.record.rows, expected.record.rows);
+      EXPECT_EQ(got.record.chunk_lengths, expected.record.chunk_lengths);
+      EXPECT_EQ(got.record.expected_commits, expected.record.expected_commits);
+      EXPECT_EQ(got.record.num_waiting, expected.record.num_waiting);
+    }
+    for (int i = 0; i < CommitModel::kReliabilityBins; ++i) {
+      EXPECT_EQ(halves.core.commits().reliability()[i].predicted,
+                whole.core.commits().reliability()[i].predicted);
+    }
   }
 }
 
