@@ -388,6 +388,10 @@ def block_decode(forward: Forward, prompt: Sequence[int], params: DecodeParams) 
         block_start = block_end
 
 
+def _at_step(choices: Sequence[int], step: int) -> int:
+    return choices[min(step, len(choices) - 1)]
+
+
 def chunk_decode(
     model: KvStoreModel,
     prompt: Sequence[int],
@@ -403,7 +407,9 @@ def chunk_decode(
     masks. With `recompute_block` all positions of the current block are rows in every step.
 
     What a controller chooses is given by step: a sequence of chunk lengths, and of whether a step
-    refreshes. Masks that were rows and are not now stay present, with the K and V of that step.
+    refreshes. Past its end the last choice holds: a tie that the recorded run decided otherwise can
+    take more steps, and has to come back with its `margin`, not as an error. Masks that were rows
+    and are not now stay present, with the K and V of that step.
     """
     if isinstance(kv_policy, str) and kv_policy not in ("freeze", "refresh"):
         raise ValueError(f"kv_policy {kv_policy}")
@@ -421,8 +427,11 @@ def chunk_decode(
     while True:
         previous = range(max(0, block_start - block_length), block_start)
         current = range(block_start, block_start + block_length)
-        refresh = kv_policy == "refresh" if isinstance(kv_policy, str) else kv_policy[nfe]
-        length = chunk_length if isinstance(chunk_length, int) else chunk_length[nfe]
+        if isinstance(kv_policy, str):
+            refresh = kv_policy == "refresh"
+        else:
+            refresh = bool(_at_step(kv_policy, nfe))
+        length = chunk_length if isinstance(chunk_length, int) else _at_step(chunk_length, nfe)
         masks = [p for p in current if sequence.masked[p]][:length]
         rows: list[int] = []
         if any(p in fresh for p in previous):
