@@ -353,6 +353,13 @@ def ar_engine(model: Any, rng: np.random.Generator) -> Any:
     )
 
 
+def long_ar_case(rng: np.random.Generator, vocab_size: int) -> tuple[list[int], DecodeParams]:
+    """Longer than two tokens, which is what `random_case` makes of block length 1."""
+    prompt = rng.integers(0, vocab_size, int(rng.integers(2, 40))).tolist()
+    eos = frozenset(rng.choice(vocab_size, 3, replace=False).tolist())
+    return prompt, DecodeParams(1, -1, max_tokens=30, eos_token_ids=eos)
+
+
 def test_ar_mode_is_greedy_generate() -> None:
     """Against transformers' own generate, with and without an EOS."""
     seed = fresh_seed()
@@ -362,23 +369,17 @@ def test_ar_mode_is_greedy_generate() -> None:
         shape = random_model_shape(rng)
         oracle = random_oracle(seed + number, **shape)
         forward = transformers_forward(oracle)
+        draws = (
+            lambda: random_case(rng, shape["vocab_size"], 1),  # noqa: B023
+            lambda: long_ar_case(rng, shape["vocab_size"]),  # noqa: B023
+        )
         batch = [
             cases.draw(
-                lambda: random_case(rng, shape["vocab_size"], 1),  # noqa: B023
+                draw,
                 lambda prompt, params: ar_decode(forward, prompt, params),  # noqa: B023
             )
-            for _ in range(2)
+            for draw in (*draws, *draws)
         ]
-        for _ in range(2):  # longer than two tokens, which is what block length 1 draws
-            prompt = rng.integers(0, shape["vocab_size"], int(rng.integers(2, 40))).tolist()
-            eos = frozenset(rng.choice(shape["vocab_size"], 3, replace=False).tolist())
-            params = DecodeParams(1, -1, max_tokens=30, eos_token_ids=eos)
-            batch.append(
-                cases.draw(
-                    lambda: (prompt, params),  # noqa: B023
-                    lambda prompt, params: ar_decode(forward, prompt, params),  # noqa: B023
-                )
-            )
         results = generate(
             ar_engine(engine_model(oracle), rng),
             [prompt for prompt, _, _ in batch],
