@@ -84,6 +84,42 @@ def exact_forward(oracle: Any) -> Forward:
     return transformers_forward(exact)
 
 
+class ExactLogits:
+    """Logits of a sequence, and a check against them that knows what fp32 can tell.
+
+    In a rare row of a random model (a tie in a softmax, a head whose norm divides by almost zero)
+    weights that move by half a unit in the last place already move the exact logits by 1e-4. Such
+    a row may be off by a few times of what that does to it; all others by TOLERANCE.
+    """
+
+    def __init__(self, oracle: Any, tokens: Any, visible: Any) -> None:
+        self.oracle = oracle
+        self.inputs = (np.asarray(tokens), np.arange(len(tokens)), visible)
+        self.logits = exact_forward(oracle)(*self.inputs)
+
+    def check(self, actual: Any, positions: list[int]) -> None:
+        expected = self.logits[positions]
+        assert actual.shape == expected.shape and actual.dtype == np.float32
+        error = np.abs(actual - expected).max(axis=1)
+        assert not np.isnan(error).any()
+        if (error > TOLERANCE).any():
+            bound = np.maximum(TOLERANCE, 4 * self.sensitivity()[positions])
+            assert (error <= bound).all(), f"rows {positions}: errors {error}, bounds {bound}"
+
+    def sensitivity(self) -> Any:
+        """[rows] the most that re-rounded weights move a logit, of four draws."""
+        moved = []
+        for seed in range(4):
+            noise = torch.Generator().manual_seed(seed)
+            other = copy.deepcopy(self.oracle)
+            with torch.no_grad():
+                for weight in other.parameters():
+                    steps = torch.randn(weight.shape, generator=noise, dtype=torch.float64)
+                    weight.copy_(weight.double() * (1 + 2.0**-24 * steps))
+            moved.append(np.abs(exact_forward(other)(*self.inputs) - self.logits).max(axis=1))
+        return np.max(moved, axis=0)
+
+
 def scattered_pages(rng: np.random.Generator, num_positions: int, page_size: int) -> list[int]:
     """Distinct pages of a pool of 64, in shuffled order."""
     return rng.permutation(64)[: -(-num_positions // page_size)].tolist()
@@ -96,7 +132,7 @@ def check_causal(oracle: Any, rng: np.random.Generator, num_tokens: int, page_si
         engine_model(oracle), num_pages=64, page_size=page_size, block_length=block_length
     )
     tokens = rng.integers(0, oracle.config.vocab_size, num_tokens)
-    expected = exact_forward(oracle)(tokens, np.arange(num_tokens), causal_visibility(num_tokens))
+    exact = ExactLogits(oracle, tokens, causal_visibility(num_tokens))
     pages = scattered_pages(rng, num_tokens, page_size)
     start = 0
     while start < num_tokens:
@@ -105,9 +141,7 @@ def check_causal(oracle: Any, rng: np.random.Generator, num_tokens: int, page_si
         logits = engine.forward(
             tokens[start:stop].tolist(), positions, [p + 1 for p in positions], pages
         )
-        assert logits.shape == (stop - start, oracle.config.vocab_size)
-        assert logits.dtype == np.float32
-        np.testing.assert_allclose(logits, expected[start:stop], atol=TOLERANCE, rtol=0)
+        exact.check(logits, positions)
         start = stop
 
 
@@ -118,13 +152,12 @@ def check_blocks(
     engine = make_engine(
         engine_model(oracle), num_pages=64, page_size=page_size, block_length=block_length
     )
-    forward = exact_forward(oracle)
     vocab_size = oracle.config.vocab_size
     block_start = prompt_len // block_length * block_length
     length = block_start + 2 * block_length
     tokens = rng.integers(0, vocab_size, length)
     pages = scattered_pages(rng, length, page_size)
-    expected = forward(tokens, np.arange(length), block_visibility(length, block_length))
+    exact = ExactLogits(oracle, tokens, block_visibility(length, block_length))
     start = 0
     while start < block_start:
         stop = min(block_start, start + block_length * int(rng.integers(1, 3)))
@@ -132,7 +165,7 @@ def check_blocks(
         logits = engine.forward(
             tokens[start:stop].tolist(), positions, block_kv_limits(positions, block_length), pages
         )
-        np.testing.assert_allclose(logits, expected[start:stop], atol=TOLERANCE, rtol=0)
+        exact.check(logits, positions)
         start = stop
     for end in (block_start + block_length, length):
         positions = list(range(end - block_length, end))
@@ -141,11 +174,11 @@ def check_blocks(
         while True:  # the same pages again and again, with fewer masks
             current = final.copy()
             current[masked] = vocab_size - 1
-            expected = forward(current, np.arange(end), block_visibility(end, block_length))
+            exact = ExactLogits(oracle, current, block_visibility(end, block_length))
             logits = engine.forward(
                 current[positions].tolist(), positions, [end] * block_length, pages
             )
-            np.testing.assert_allclose(logits, expected[positions], atol=TOLERANCE, rtol=0)
+            exact.check(logits, positions)
             if not masked:
                 break
             keep = int(rng.integers(0, len(masked)))
@@ -187,13 +220,13 @@ def test_logits_at_far_positions(head_dim: int) -> None:
     length, step = 1000, 40
     engine = make_engine(engine_model(oracle), num_pages=64, page_size=16, max_model_len=1024)
     tokens = rng.integers(0, oracle.config.vocab_size, length)
-    expected = exact_forward(oracle)(tokens, np.arange(length), causal_visibility(length))
+    exact = ExactLogits(oracle, tokens, causal_visibility(length))
     pages = scattered_pages(rng, length, 16)
     for start in range(0, length, step):
         positions = list(range(start, start + step))
         limits = [p + 1 for p in positions]
         logits = engine.forward(tokens[positions].tolist(), positions, limits, pages)
-    np.testing.assert_allclose(logits, expected[-step:], atol=TOLERANCE, rtol=0)
+    exact.check(logits, positions)
 
 
 def test_logits_of_random_configurations() -> None:
