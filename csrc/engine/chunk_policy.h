@@ -30,7 +30,7 @@ struct ChunkPolicyConfig {
   KvPolicy kv_policy = KvPolicy::freeze;
   QualityFloor quality;
   double target_tpot_ms = 0;  // per request and output token; 0 = none
-  double min_gain = 0.02;     // a switch must gain more than this share
+  double min_gain = 0.01;     // a switch must gain more than this share
 };
 
 // What the policy sees of one decoding request.

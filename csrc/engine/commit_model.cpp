@@ -16,7 +16,7 @@ namespace optimus {
 namespace {
 
 constexpr double kYieldHalfLife = 2048;  // steps of requests with one chunk length
-constexpr double kIdleHalfLife = 600;    // steps without one
+constexpr double kIdleHalfLife = 600;    // steps of many requests without one
 constexpr double kYieldWeight = 8;       // steps the prior is worth
 constexpr double kMaxScale = 4;          // of the prior's odds, either way
 constexpr double kScaleWeight = 128;     // masks it takes to believe half of what was seen
@@ -113,7 +113,7 @@ int CommitModel::unseen_kind(const MaskHistory& history) {
 }
 
 double CommitModel::idle_fade(const Lane& lane) const {
-  const double idle = static_cast<double>(step_ - lane.last_step);
+  const double idle = age_ - lane.seen_at;
   return idle > 1 ? std::exp2(-idle / kIdleHalfLife) : 1.0;
 }
 
@@ -152,11 +152,11 @@ void CommitModel::observe_step(int context, int chunk_length, int num_masks, int
   static const double kDecay = std::exp2(-1.0 / kYieldHalfLife);
   Context& c = contexts_[context];
   Lane& lane = c.lanes[lane_of(chunk_length)];
-  const double decay = kDecay * (lane.last_step != step_ ? idle_fade(lane) : 1.0);
+  const double decay = kDecay * (lane.seen_at != age_ ? idle_fade(lane) : 1.0);
   lane.commits = lane.commits * decay + num_commits;
   lane.masks = lane.masks * decay + num_masks;
   lane.steps = lane.steps * decay + 1;
-  lane.last_step = step_;
+  lane.seen_at = age_;
   c.commits = c.commits * kDecay + num_commits;
   c.masks = c.masks * kDecay + num_masks;
   const Yield prior = priors_[std::clamp(chunk_length, 1, block_length_) - 1];

@@ -58,12 +58,13 @@ class CommitModel {
   };
   // Expected of decoding with `chunk_length`; commits >= 1, masks <= chunk_length.
   Yield yield(int context, int chunk_length) const;
-  // One request's step with its usual chunk length.
+  // One request's step, the step before having had the same chunk length.
   void observe_step(int context, int chunk_length, int num_masks, int num_commits);
   // A request has ended: of its commits, `num_wasted` lay behind its last token.
   void observe_waste(int context, int chunk_length, int num_wasted);
-  // Once per step: what was learned of chunk lengths that are not in use grows old.
-  void advance() { ++step_; }
+  // Once per step: what was learned of chunk lengths that are not in use grows old, and slowly where
+  // it is few requests that would have to learn it again.
+  void advance(int num_requests) { age_ += std::min(1.0, num_requests / kManyRequests); }
 
   // P(commit | rank, history); `rank` in [0, block_length): 0 is the first evaluated mask.
   double probability(int context, int rank, const MaskHistory& history) const;
@@ -92,7 +93,7 @@ class CommitModel {
   void observe(int context, const Observation* masks, int count);
   // For a policy that looks many masks up: the same for every cell, with the benefit of the doubt
   // where little was seen (what is not run is not learned): up to kDoubt more.
-  static constexpr float kDoubt = 0.03f;
+  static constexpr float kDoubt = 0.015f;
   void history_table(int context, std::vector<float>& table) const;
   static float lookup(const std::vector<float>& table, int rank, const MaskHistory& history) {
     return table[Cells(history)[rank]];
@@ -122,7 +123,7 @@ class CommitModel {
   // Decayed sums over the steps of requests that decoded with (about) one chunk length.
   struct Lane {
     double commits = 0, masks = 0, steps = 0;
-    uint64_t last_step = 0;
+    double seen_at = 0;  // age_ then
   };
   // A cell is a (rank bin, kind, pace bin, bin of the known ahead).
   static constexpr int kRankBins = 9, kKinds = 13, kPaces = 7, kAhead = 4, kLanes = 6;
@@ -162,7 +163,8 @@ class CommitModel {
   void check(int context, int rank, const char* what) const;
 
   int block_length_;
-  uint64_t step_ = 0;
+  static constexpr double kManyRequests = 8;
+  double age_ = 0;             // steps with many requests
   std::vector<Yield> priors_;  // by chunk length, 1..block_length
   std::vector<Context> contexts_;
   std::array<Reliability, kReliabilityBins> reliability_{};

@@ -144,7 +144,8 @@ void EngineCore::learn() {
   for (const Change& change : changes_) {
     const int context = change.request->commit_context;
     commits_.observe(context, masks, change.num_masks);
-    if (has_usual_chunks()) {
+    // What another chunk length left behind is not what this one meets in its steady state.
+    if (has_usual_chunks() && change.kept_length) {
       commits_.observe_step(context, change.chunk_length, change.num_masks, change.num_committed);
     }
     if (change.num_wasted > 0) {
@@ -152,7 +153,7 @@ void EngineCore::learn() {
     }
     masks += change.num_masks;
   }
-  commits_.advance();
+  commits_.advance(static_cast<int>(changes_.size()));
 }
 
 void EngineCore::prefetch() const {
@@ -235,7 +236,15 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
     scheduler_.cache_clean_pages(&request);
   }
   request.previous_block_pending = result.block_start[slot] != request.block_start;
-  Change change{&request, last - first, 0, 0, seq.chunk_length, 0, 0, FinishReason::none};
+  Change change{&request,
+                last - first,
+                0,
+                0,
+                seq.chunk_length,
+                0,
+                seq.chunk_length == request.last_chunk_length,
+                0,
+                FinishReason::none};
   look_at(request, seq, result, first, change);
   const size_t num_before = new_commits_.size();
   for (int i : committed_rows_) {

@@ -58,6 +58,7 @@ class EngineCore {
     Request* request;
     int num_masks, num_committed, num_commits;  // rows; of those committed; of those new to it
     int chunk_length, num_wasted;
+    bool kept_length;  // of the step before
     int num_known;
     FinishReason reason;
   };

@@ -36,7 +36,7 @@ class ScheduledRequests {
     StepPlan plan = scheduler.plan(now_s, latency, commits);
     check(plan);
     for (const SeqPlan& seq : plan.seqs) apply(seq);
-    commits.advance();
+    commits.advance(static_cast<int>(plan.seqs.size()));
     now_s += step_ms > 0 ? step_ms * 1e-3 : plan.predicted_ms * 1e-3;
     return plan;
   }

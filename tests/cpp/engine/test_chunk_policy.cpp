@@ -275,7 +275,7 @@ TEST(ChunkPolicy, LearnsThatLargeChunksDoNotPay) {
   for (int step = 0; step < 300; ++step) {
     chunk_length = policy.choose(batch(8), {}, latency, commits).chunk_length;
     for (int i = 0; i < 8; ++i) commits.observe_step(0, chunk_length, chunk_length, 1);
-    commits.advance();
+    commits.advance(8);
   }
   EXPECT_EQ(chunk_length, 2);
 }

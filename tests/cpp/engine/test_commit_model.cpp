@@ -117,7 +117,7 @@ TEST(CommitModel, LearnsEachChunkLengthByItself) {
       const int committed = low + (random_int(rng, 0, 999) < 1000 * (mean - low));
       model.observe_step(context, c, c == 1 ? 1 : c - i % 2, committed);
     }
-    model.advance();
+    model.advance(64);
   }
   for (int c : kLengths) {
     const CommitModel::Yield yield = model.yield(context, c);
@@ -154,6 +154,21 @@ TEST(CommitModel, LengthsOutOfReachFollowTheOthers) {
   }
 }
 
+TEST(CommitModel, WhatFewRequestsLearnedGrowsOldSlowly) {
+  CommitModel one(32), many(32);
+  const int context = add_context(one);
+  add_context(many);
+  for (int i = 0; i < 1000; ++i) {
+    one.observe_step(context, 16, 16, 1);
+    many.observe_step(context, 16, 16, 1);
+  }
+  for (int i = 0; i < 1200; ++i) {
+    one.advance(1);
+    many.advance(100);
+  }
+  EXPECT_NEAR(many.yield(context, 16).steps, one.yield(context, 16).steps / std::exp2(1.75), 1);
+}
+
 TEST(CommitModel, WhatIsNotUsedGrowsOld) {
   CommitModel model(32);
   const int context = add_context(model);
@@ -163,7 +178,7 @@ TEST(CommitModel, WhatIsNotUsedGrowsOld) {
   // The model is used with small chunks, that yield what the prior says.
   double last = learned;
   for (int i = 0; i < 40000; ++i) {
-    model.advance();
+    model.advance(64);
     model.observe_step(context, 2, 2, 2);
     last = commits(model, context, 16);
   }
@@ -207,7 +222,7 @@ TEST(CommitModel, YieldKeepsItsBoundsWhateverIsObserved) {
     for (int i = 0; i < 1000; ++i) {
       const int c = random_int(rng, 1, block_length), masks = random_int(rng, 1, c);
       model.observe_step(context, c, masks, random_int(rng, 0, std::min(masks, ease)));
-      if (random_int(rng, 0, 3) == 0) model.advance();
+      if (random_int(rng, 0, 3) == 0) model.advance(64);
     }
     for (int c = 1; c <= block_length; ++c) {
       const CommitModel::Yield yield = model.yield(context, c);
