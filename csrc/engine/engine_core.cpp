@@ -236,15 +236,8 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
     scheduler_.cache_clean_pages(&request);
   }
   request.previous_block_pending = result.block_start[slot] != request.block_start;
-  Change change{&request,
-                last - first,
-                0,
-                0,
-                seq.chunk_length,
-                0,
-                seq.chunk_length == request.last_chunk_length,
-                0,
-                FinishReason::none};
+  Change change{&request, last - first, seq.chunk_length,
+                seq.chunk_length == request.last_chunk_length};
   look_at(request, seq, result, first, change);
   const size_t num_before = new_commits_.size();
   for (int i : committed_rows_) {

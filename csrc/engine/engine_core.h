@@ -56,11 +56,13 @@ class EngineCore {
   // What apply() did to a request that decodes.
   struct Change {
     Request* request;
-    int num_masks, num_committed, num_commits;  // rows; of those committed; of those new to it
-    int chunk_length, num_wasted;
-    bool kept_length;  // of the step before
-    int num_known;
-    FinishReason reason;
+    int num_masks;  // rows
+    int chunk_length;
+    bool kept_length;       // of the step before
+    int num_committed = 0;  // masks
+    int num_commits = 0;    // of those, new to the request
+    int num_wasted = 0, num_known = 0;
+    FinishReason reason = FinishReason::none;
   };
   void check_prompt(const std::vector<int32_t>& prompt) const;
   Request& find(uint64_t id, const char* what);
