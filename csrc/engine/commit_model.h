@@ -93,7 +93,7 @@ class CommitModel {
   void observe(int context, const Observation* masks, int count);
   // For a policy that looks many masks up: the same for every cell, with the benefit of the doubt
   // where little was seen (what is not run is not learned): up to kDoubt more.
-  static constexpr float kDoubt = 0.015f;
+  static constexpr float kDoubt = 0.03f;
   void history_table(int context, std::vector<float>& table) const;
   static float lookup(const std::vector<float>& table, int rank, const MaskHistory& history) {
     return table[Cells(history)[rank]];

@@ -54,7 +54,7 @@ TEST(CommitHistory, ATableDoubtsWhatWasHardlySeen) {
   std::vector<float> table;
   model.history_table(context, table);
   const MaskHistory history = unseen(8, 1);
-  EXPECT_GT(CommitModel::lookup(table, 9, history), model.probability(context, 9, history) + 0.01);
+  EXPECT_GT(CommitModel::lookup(table, 9, history), model.probability(context, 9, history) + 0.02);
   for (int i = 0; i < 4000; ++i) model.observe(context, 9, history, false);
   model.history_table(context, table);
   EXPECT_LT(CommitModel::lookup(table, 9, history), 0.002);
