@@ -128,6 +128,22 @@ def offline() -> str:
             f"| {row['ms_per_step']:.2f} | {row['tokens_per_forward']:.2f} "
             f"| {row['rows_per_token']:.2f} | {100 * row['accuracy']['accuracy']:.1f} |"
         )
+    lines += [
+        "",
+        f"Clocks drift between the {result['arguments']['rounds']} rounds, so arms are compared "
+        "round by round too. Median of the ratios to the best fixed chunk:",
+        "",
+        "| concurrency | best fixed | elastic | elastic per request |",
+        "|---|---|---|---|",
+    ]
+    ratios = {
+        (c["concurrency"], c["mode"]): (1 - c["against_all"]["regret"], c["against_all"]["best"])
+        for c in result["comparisons"]
+    }
+    for load in sorted({load for load, _ in ratios}):
+        elastic, best = ratios[load, "elastic"]
+        per_request, _ = ratios[load, "elastic_per_request"]
+        lines.append(f"| {load} | {best} | {elastic:.3f} | {per_request:.3f} |")
     return "\n".join(lines) + "\n\n" + source(result, name)
 
 
