@@ -68,29 +68,39 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
                            const LatencyModel& latency, const CommitModel& commits,
                            ChunkDecision& decision) {
   const bool refresh = arms_[arm].refresh;
-  const int arm_index = arm / 2;
-  // The estimate is of one chunk length for all; what allocation makes of it is known by now.
-  constexpr double kMaxCorrection = 2.0;
-  const double correction =
-      std::clamp((kTrust + realised_) / (kTrust + expected_), 1 / kMaxCorrection, kMaxCorrection);
-  const double lambda = price_ * correction;
   for (size_t context = 0; context < groups_.size(); ++context) {
     Group& group = groups_[context];
     if (group.num_requests == 0) continue;
     commits.history_table(static_cast<int>(context), group.table);
     set_range(group, refresh);
   }
-  // Every request gets the shortest length that is good enough; the rest is up for allocation.
+  Levels levels;
+  levels.rows_taken = other.rows;
+  open_requests(loads, arm, levels);
+  if (levels.num_requests == 0) return;
+  // The estimate is of one chunk length for all; what allocation makes of it is known by now.
+  constexpr double kMaxCorrection = 2.0;
+  const double correction =
+      std::clamp((kTrust + realised_) / (kTrust + expected_), 1 / kMaxCorrection, kMaxCorrection);
+  const Stop best = best_stop(levels, price_ * correction, other, latency);
+  hand_out(best.level, best.rows);
+  decision.expected_commits = best.commits;
+  decision.predicted_ms = best.ms;
+  decision.meets_target = best.meets_target;
+  decision.reason =
+      best.meets_target ? "rows by marginal gain" : "target_tpot_ms cannot be met: fastest";
+}
+
+// Every request gets the shortest length that is good enough; the rest is up for allocation.
+void ChunkPolicy::open_requests(const std::vector<RequestLoad>& loads, int arm, Levels& levels) {
+  static const MaskHistory kNothing;
   const size_t count = loads.size();
   lengths_.assign(count, config_.chunk_lengths[0]);
-  needs_refresh_.assign(count, refresh);
+  needs_refresh_.assign(count, arms_[arm].refresh);
   segment_ends_.resize(count);
   segments_.resize(count * config_.block_length);
   num_segments_ = 0;
-  Levels levels;
-  double base_rows = other.rows + without_masks_rows_, base_commits = 0, refresh_rows = 0;
-  int num_requests = 0;
-  static const MaskHistory kNothing;
+  levels.rows_taken += without_masks_rows_;
   for (size_t i = 0; i < count; ++i) {
     const RequestLoad& load = loads[i];
     if (load.num_masked > 0) {
@@ -99,70 +109,62 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
       const int first = std::min(group.shortest, load.num_masked);
       const int last = std::min(group.longest, load.num_masked);
       float none = 1;
-      base_commits += 1;
       const CommitModel::Cells cells(history);
+      levels.commits_taken += 1;
       for (int rank = 0; rank < first; ++rank) {
-        base_commits += add_masks(group.table[cells[rank]], 1, none);
+        levels.commits_taken += add_masks(group.table[cells[rank]], 1, none);
       }
-      ++num_requests;
-      base_rows += first;
-      if (group.refresh)
-        refresh_rows += refresh_share(group.yields[2 * arm_index + refresh].commits);
+      levels.num_requests += 1;
+      levels.rows_taken += first;
+      if (group.refresh) levels.refresh_rows += refresh_share(group.yields[arm].commits);
       open_segments(group, cells, first, last, none, levels);
       lengths_[i] = first;
       needs_refresh_[i] = group.refresh;
     }
     segment_ends_[i] = num_segments_;
   }
-  if (num_requests == 0) return;
-  const double per_commit = 1 + refresh_rows / num_requests;  // rows every commit brings
+}
 
-  // Walk down the levels; `x` rows of the current one.
-  struct Stop {
-    int level = kLevels;
-    double x = 0, commits = 0, ms = 0;
-  } best;
+// Walks down the levels and tries each number of rows that can be the best.
+ChunkPolicy::Stop ChunkPolicy::best_stop(const Levels& levels, double lambda, const StepLoad& other,
+                                         const LatencyModel& latency) const {
+  const double per_commit = 1 + levels.refresh_rows / levels.num_requests;  // rows it brings
+  double rows = levels.rows_taken, commits = levels.commits_taken;
+  Stop best;
   double best_value = 0, best_tpot = 0;
-  bool best_meets = false, have_best = false;
-  double taken_rows = base_rows, taken_commits = base_commits;
+  bool have_best = false;
   const auto try_stop = [&](int level, double x, double mask_rows, double expected) {
     const int total = static_cast<int>(std::lround(mask_rows + expected * per_commit));
     const double ms = latency.predict({total, other.prefill_rows, other.kv_tokens + kv_tokens_});
-    const double value = expected - lambda * ms, tpot = ms * num_requests / expected;
+    const double value = expected - lambda * ms, tpot = ms * levels.num_requests / expected;
     const bool meets = config_.target_tpot_ms <= 0 || tpot <= config_.target_tpot_ms;
-    const bool better = !have_best || (meets != best_meets ? meets
-                                       : meets             ? value > best_value
-                                                           : tpot < best_tpot);
+    const bool better = !have_best || (meets != best.meets_target ? meets
+                                       : meets                    ? value > best_value
+                                                                  : tpot < best_tpot);
     if (!better) return;
-    best = {level, x, expected, ms};
+    best = {level, static_cast<int>(x), expected, ms, meets};
     best_value = value;
     best_tpot = tpot;
-    best_meets = meets;
     have_best = true;
   };
-  try_stop(kLevels, 0, taken_rows, taken_commits);
+  try_stop(kLevels, 0, rows, commits);
   const std::vector<LatencyProfile::Point>& corners = latency.profile().decode;
   auto corner = corners.begin();
   for (int level = kLevels - 1; level >= 0; --level) {
     if (levels.rows[level] == 0) continue;
     const double gain = levels.gains[level] / levels.rows[level];
     const double growth = 1 + gain * per_commit;
-    const double before = taken_rows + taken_commits * per_commit;
+    const double before = rows + commits * per_commit;
     const double after = before + levels.rows[level] * growth;
     for (; corner != corners.end() && corner->rows < after; ++corner) {
       const double x = std::floor((corner->rows - before) / growth);
-      if (x > 0) try_stop(level, x, taken_rows + x, taken_commits + x * gain);
+      if (x > 0) try_stop(level, x, rows + x, commits + x * gain);
     }
-    taken_rows += levels.rows[level];
-    taken_commits += levels.gains[level];
-    try_stop(level, levels.rows[level], taken_rows, taken_commits);
+    rows += levels.rows[level];
+    commits += levels.gains[level];
+    try_stop(level, levels.rows[level], rows, commits);
   }
-
-  hand_out(best.level, static_cast<int>(best.x));
-  decision.expected_commits = best.commits;
-  decision.predicted_ms = best.ms;
-  decision.meets_target = best_meets;
-  decision.reason = best_meets ? "rows by marginal gain" : "target_tpot_ms cannot be met: fastest";
+  return best;
 }
 
 // Whole levels above `level`, and `left` rows of its own.

@@ -107,7 +107,16 @@ class ChunkPolicy {
   };
   static constexpr int kLevels = 64;  // of gain in [0, 1]
   struct Levels {
-    double rows[kLevels] = {}, gains[kLevels] = {};
+    double rows[kLevels] = {}, gains[kLevels] = {};  // up for allocation
+    double rows_taken = 0, commits_taken = 0;        // without them
+    double refresh_rows = 0;
+    int num_requests = 0;  // with masks
+  };
+  // Where to stop on the way down the levels: `rows` of `level` are taken, all of those above.
+  struct Stop {
+    int level = kLevels, rows = 0;
+    double commits = 0, ms = 0;  // expected
+    bool meets_target = false;
   };
 
   void check() const;
@@ -126,9 +135,12 @@ class ChunkPolicy {
   void allocate(int arm, const std::vector<RequestLoad>& loads, const StepLoad& other,
                 const LatencyModel& latency, const CommitModel& commits, ChunkDecision& decision);
   void set_range(Group& group, bool refresh) const;
+  void open_requests(const std::vector<RequestLoad>& loads, int arm, Levels& levels);
   // `none`: probability that no mask before `first` is accepted.
   void open_segments(const Group& group, const CommitModel::Cells& cells, int first, int last,
                      float none, Levels& levels);
+  Stop best_stop(const Levels& levels, double lambda, const StepLoad& other,
+                 const LatencyModel& latency) const;
   void hand_out(int level, int left);
 
   ChunkPolicyConfig config_;
