@@ -110,7 +110,6 @@ void EngineCore::apply(const StepResult& result, double forward_ms, double now_s
     }
   }
   record_.commits = static_cast<int>(new_commits_.size());
-  if (config_.is_elastic()) learn();  // or nobody asks the commit model before the next step
   scheduler_.observe(record_.commits, forward_ms + latency_.overhead_ms());
   latency_.observe(plan_->load(), forward_ms);
   // Steps that follow each other at once: what the forward does not explain is host work.
@@ -121,7 +120,7 @@ void EngineCore::apply(const StepResult& result, double forward_ms, double now_s
 }
 
 StepOutput EngineCore::report() {
-  if (!config_.is_elastic()) learn();
+  learn();
   StepOutput output;
   output.updates.reserve(changes_.size());
   auto commit = new_commits_.cbegin();

@@ -27,8 +27,9 @@ class EngineCore {
     apply(result, forward_ms, now_s);
     return report();
   }
-  // The same in two halves: first what the next plan depends on, then what others learn of the
-  // step. The next step may be planned and started in between.
+  // The same in two halves: first what the next plan needs, then what callers and the commit model
+  // learn of the step. The next step may be planned and started in between; its plan then knows
+  // what was learned until the step before.
   void apply(const StepResult& result, double forward_ms, double now_s);
   StepOutput report();
   // Brings what apply() and plan() will read back into the caches: since the plan was made, the
