@@ -77,18 +77,19 @@ def eval_line(result: EvalResult) -> str:
 
 
 def bench_table(rows: Sequence[BenchRow]) -> Table:
-    """Fits 80 columns. "spread" is the range of the rounds in percent of the median one; "match" is
-    exact match in percent, then its 95% interval."""
-    columns = ["load", "tok/s", "spread", "tok/fwd", "rows/tok", "match", "95%"]
+    """Fits 80 columns. "spread", of several rounds, is their range in percent of the median one;
+    "match" is exact match in percent, then its 95% interval."""
     num_rounds = len(rows[0].rounds)
+    spread = ["spread"] if num_rounds > 1 else []
+    columns = ["load", "tok/s", *spread, "tok/fwd", "rows/tok", "match", "95%"]
     title = f"offline, {rows[0].num_prompts} prompts"
     title += f", median of {num_rounds} rounds" if num_rounds > 1 else ""
     table = _table(title, ["mode"], columns)
     for i, row in enumerate(rows):
-        spread = 100 * (row.highest - row.lowest) / row.tokens_per_second
+        share = 100 * (row.highest - row.lowest) / row.tokens_per_second
         table.add_row(
             row.mode, str(row.concurrency), f"{row.tokens_per_second:.0f}",
-            f"{spread:.1f}%" if num_rounds > 1 else "",
+            *[f"{share:.1f}%" for _ in spread],
             f"{row.tokens_per_forward:.2f}", f"{row.rows_per_token:.2f}",
             _percent(row.accuracy.accuracy), _interval(row.accuracy),
             end_section=i + 1 < len(rows) and rows[i + 1].concurrency != row.concurrency,
