@@ -44,6 +44,7 @@ class ThreadPool {
   using Call = void (*)(const void* body, int64_t begin, int64_t end);
   void run(int64_t count, int64_t grain, Call call, const void* body);
   void work();
+  void stop();
   int claim_share();
   void run_share(int share);
 

@@ -235,7 +235,13 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         return [sys.stdin.read().rstrip("\n")]
     if not file.exists():
         raise ValueError(f"[cli] {file} does not exist")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[cli] {file} is not UTF-8: {error}") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"[cli] {file} holds no prompts")
     if file.suffix != ".jsonl":
         return lines
     try:

@@ -37,8 +37,9 @@ from .cli_report import (
     StepLog,
     TargetTpot,
     Trace,
+    check_output,
     parse_floor,
-    parse_positive_int,
+    parse_positive_ints,
     split_list,
     write_report,
 )
@@ -89,15 +90,19 @@ def offline(
     from .profiles import profile_to_dict
     from .summary import compare
 
-    concurrencies = [parse_positive_int(c, "--concurrency") for c in split_list(concurrency)]
+    check_output(output, step_log, trace)
+    concurrencies = parse_positive_ints(concurrency, "--concurrency")
+    names = split_list(modes, "--modes")
     floor = parse_floor(quality_floor)
     arguments = {
-        "model": None if model is None else str(model), "modes": split_list(modes),
+        "model": None if model is None else str(model), "modes": names,
         "concurrency": concurrencies, "num_prompts": num_prompts, "rounds": rounds,
         "schedule": schedule, "quality_floor": floor, "target_tpot_ms": target_tpot_ms,
         "max_num_batched_rows": max_num_batched_rows, "threshold": threshold,
         "max_tokens": max_tokens, "temperature": temperature, "seed": seed, "dtype": dtype,
         "threads": threads, "raw": raw, "tasks": None if tasks is None else str(tasks),
+        "kv_cache_memory": kv_cache_memory, "block_length": block_length,
+        "mask_token_id": mask_token_id,
     }  # fmt: skip
     task_list = load_tasks(tasks, num_prompts)
     llm = load_llm(
@@ -118,7 +123,7 @@ def offline(
         )  # fmt: skip
 
     rows = bench_offline(
-        llm, task_list, split_list(modes), concurrencies,
+        llm, task_list, names, concurrencies,
         sampling_params(threshold, max_tokens, temperature), rounds=rounds,
         schedule=parse_schedule_text(schedule), raw=raw, on_run=on_run,
     )  # fmt: skip

@@ -101,6 +101,13 @@ def parse_floor(text: str) -> float | str | None:
         ) from None
 
 
+def check_output(*files: Path | None) -> None:
+    """Raises ValueError now, not after the run, where a report could not be written."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"[cli] {file} cannot be written: no folder {file.parent}")
+
+
 def write_report(report: dict[str, Any], output: Path | None, json_output: bool) -> None:
     if output is not None:
         output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -108,14 +115,18 @@ def write_report(report: dict[str, Any], output: Path | None, json_output: bool)
         print_json(report)
 
 
-def split_list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def split_list(text: str, name: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"[cli] {name} takes a comma-separated list, got {text!r}")
+    return parts
 
 
-def parse_positive_int(text: str, name: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"[cli] {name} takes ints >= 1, got {text!r}")
-    return int(text)
+def parse_positive_ints(text: str, name: str) -> list[int]:
+    for part in split_list(text, name):
+        if not part.isdecimal() or int(part) < 1:
+            raise ValueError(f"[cli] {name} takes ints >= 1, got {part!r}")
+    return [int(part) for part in split_list(text, name)]
 
 
 def parse_positive_float(text: str, name: str) -> float:

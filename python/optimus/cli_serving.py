@@ -38,6 +38,7 @@ from .cli_report import (
     StepLog,
     TargetTpot,
     Trace,
+    check_output,
     parse_floor,
     parse_positive_float,
     split_list,
@@ -143,6 +144,8 @@ def serving(
     from .profiles import profile_to_dict
     from .slo import Slo
 
+    check_output(output, step_log, trace)
+    names = split_list(modes, "--modes")
     slo = Slo(slo_ttft_ms, slo_tpot_ms)
     if find_capacity and not slo.is_set:
         raise ValueError("[cli] --find-capacity needs an SLO: --slo-ttft-ms or --slo-tpot-ms")
@@ -160,16 +163,16 @@ def serving(
     }  # fmt: skip
     if simulate is None:
         parts = _engine_parts(
-            model, split_list(modes), table, params, raw, shape, duration, load, dtype=dtype,
+            model, names, table, params, raw, shape, duration, load, dtype=dtype,
             num_threads=threads, **options,
         )  # fmt: skip
     else:
         parts = _simulator_parts(
-            model, split_list(modes), table, params, simulate, traces, host_ms, shape, duration,
+            model, names, table, params, simulate, traces, host_ms, shape, duration,
             load, **options,
         )  # fmt: skip
     own_rate = parts.workload.own_rate()
-    rates = [parse_positive_float(r, "--rate") for r in split_list(rate or "")]
+    rates = [parse_positive_float(r, "--rate") for r in split_list(rate, "--rate")] if rate else []
     rates = rates or [2.0 if own_rate is None else own_rate]
     log = RunLog(step_log, trace, explain)
     records: list[_C.StepRecord] = []

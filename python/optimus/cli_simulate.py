@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .cli_report import parse_positive_int, split_list
+from .cli_report import check_output, parse_positive_ints, split_list
 
 _out = Console(highlight=False, soft_wrap=True)
 
@@ -46,14 +46,17 @@ def simulate(
     )
     from .traces import load_traces
 
-    names = split_list(modes)
+    check_output(output)
+    names = split_list(modes, "--modes")
     arms = parse_arms([n for n in names if n != ORACLE], 32)
     profile, recorded = load_curve(curve), load_traces(traces)
-    workload = Workload(
-        prompt_len, output_len, tuple(float(t) for t in split_list(thresholds)), seed=seed
-    )
+    try:
+        dealt = tuple(float(t) for t in split_list(thresholds, "--thresholds"))
+    except ValueError:
+        raise ValueError(f"[cli] --thresholds takes numbers, got {thresholds!r}") from None
+    workload = Workload(prompt_len, output_len, dealt, seed=seed)
     rows: list[SimulatedRow] = []
-    for load in [parse_positive_int(c, "--concurrency") for c in split_list(concurrency)]:
+    for load in parse_positive_ints(concurrency, "--concurrency"):
         count = max(num_requests, 12 * load)
         truth = {"jitter": jitter}
         of_load = [

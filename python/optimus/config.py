@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from . import _C
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"SDARForCausalLM": "block diffusion", "Qwen3ForCausalLM": "autoregressive"}
 DEMO_MODEL = Path(__file__).parent / "assets" / "demo"
 
+_T = TypeVar("_T")
 _BLOCK_LENGTH_KEYS = ("block_size", "block_length")
 
 
@@ -163,8 +164,8 @@ def load_checkpoint(
         max_position_embeddings=fields.size("max_position_embeddings"),
         rms_norm_eps=fields.positive("rms_norm_eps"),
         rope_theta=_rope_theta(path, config),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        stored_dtype=config.get("dtype") or config.get("torch_dtype"),
+        tie_word_embeddings=fields.optional("tie_word_embeddings", bool) or False,
+        stored_dtype=fields.optional("dtype", str) or fields.optional("torch_dtype", str),
         block_length=block,
         block_length_source=block_source,
         mask_token_id=mask,
@@ -172,7 +173,7 @@ def load_checkpoint(
         eos_token_ids=_eos_token_ids(path, config, generation),
         generation=_generation_defaults(path, generation),
         true_vocab_size=true_vocab_size,
-        grown_from=config.get("grown_from"),
+        grown_from=fields.optional("grown_from", dict),
     )
 
 
@@ -204,6 +205,16 @@ class _Fields:
         value = self._get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"[config] {self.file}: {key} must be an int >= 1, got {value!r}")
+        if value >= 2**31:
+            raise ValueError(f"[config] {self.file}: {key} must be below 2**31, got {value}")
+        return value
+
+    def optional(self, key: str, kind: type[_T]) -> _T | None:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(
+                f"[config] {self.file}: {key} must be of type {kind.__name__}, got {value!r}"
+            )
         return value
 
     def positive(self, key: str) -> float:
@@ -215,7 +226,7 @@ class _Fields:
 
 
 def _architecture(path: Path, config: dict[str, Any]) -> str:
-    names = config.get("architectures") or []
+    names = _Fields(path / "config.json", config).optional("architectures", list) or []
     for name in names:
         if name in ARCHITECTURES:
             return str(name)
@@ -229,12 +240,13 @@ def _architecture(path: Path, config: dict[str, Any]) -> str:
 
 def _check_features(path: Path, config: dict[str, Any]) -> None:
     """Refuses what the engine would compute wrongly."""
+    fields = _Fields(path / "config.json", config)
     windowed = config.get("use_sliding_window", config.get("sliding_window") is not None)
     scaling = config.get("rope_scaling")
     if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
         scaling = None
-    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    layer_types = [t for t in config.get("layer_types") or [] if t != "full_attention"]
+    rope_type = (fields.optional("rope_parameters", dict) or {}).get("rope_type", "default")
+    layer_types = [t for t in fields.optional("layer_types", list) or [] if t != "full_attention"]
     unsupported = {
         "attention_bias": config.get("attention_bias") or None,
         "hidden_act": None if config.get("hidden_act", "silu") == "silu" else config["hidden_act"],
@@ -281,7 +293,9 @@ def _check_range(path: Path, name: str, value: int | None, low: int, high: int) 
 def _eos_token_ids(
     path: Path, config: dict[str, Any], generation: dict[str, Any]
 ) -> tuple[int, ...]:
-    value = generation.get("eos_token_id", config.get("eos_token_id"))
+    value = generation.get("eos_token_id")
+    if value is None:
+        value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for i in ids:
         _check_range(path, "eos_token_id", i, 0, config["vocab_size"])

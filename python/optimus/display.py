@@ -81,7 +81,7 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     "match" is exact match in percent, then its 95% interval."""
     num_rounds = len(rows[0].rounds)
     spread = ["spread"] if num_rounds > 1 else []
-    columns = ["load", "tok/s", *spread, "tok/fwd", "rows/tok", "match", "95%"]
+    columns = ["load", "tok/s", *spread, "ms/step", "tok/fwd", "rows/tok", "match", "95%"]
     title = f"offline, {rows[0].num_prompts} prompts"
     title += f", median of {num_rounds} rounds" if num_rounds > 1 else ""
     table = _table(title, ["mode"], columns)
@@ -89,7 +89,7 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
         share = 100 * (row.highest - row.lowest) / row.tokens_per_second
         table.add_row(
             row.mode, str(row.concurrency), f"{row.tokens_per_second:.0f}",
-            *[f"{share:.1f}%" for _ in spread],
+            *[f"{share:.1f}%" for _ in spread], f"{row.ms_per_step:.2f}",
             f"{row.tokens_per_forward:.2f}", f"{row.rows_per_token:.2f}",
             _percent(row.accuracy.accuracy), _interval(row.accuracy),
             end_section=i + 1 < len(rows) and rows[i + 1].concurrency != row.concurrency,

@@ -72,6 +72,8 @@ def load_tasks(path: str | Path | None = None, num_prompts: int | None = None) -
     file = DEMO_TASKS if path is None else Path(path)
     if not file.exists():
         raise ValueError(f"[evaluate] {file} does not exist")
+    if num_prompts is not None and num_prompts < 1:
+        raise ValueError(f"[evaluate] num_prompts must be at least 1, got {num_prompts}")
     tasks = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from .options import (
 from .outputs import RequestOutput
 from .profiles import Profile, measured_profile, to_profile
 from .progress import progress_bar
-from .prompts import Prompt, as_list, check_prompt
+from .prompts import Prompt, as_list, as_token_ids, check_prompt
 from .sampling_params import SamplingParams
 from .tokenizer import Message, Tokenizer
 from .tracker import LiveRequest, RequestTracker
@@ -183,7 +182,13 @@ class LLM:
         self.options = options
         if options.decode_mode in ELASTIC_MODES:
             native.measured_arms = self._calibration.measured_arms(options.quality_floor)
-        self.engine = _C.Engine(self._model, native)
+        try:
+            self.engine = _C.Engine(self._model, native)
+        except MemoryError:
+            raise MemoryError(
+                f"[llm] no memory for {native.num_pages} pages of {native.page_size} tokens "
+                f"(kv_cache_memory={options.kv_cache_memory!r}) and the buffers of a step"
+            ) from None
         self._tracker = RequestTracker(self.engine, self.tokenizer)
         self._num_requests = 0
         self.latency_profile = profile
@@ -291,7 +296,9 @@ class LLM:
         is_chat = not isinstance(prompt, str) and any(isinstance(m, Mapping) for m in prompt)
         if is_chat:
             prompt = self.render_chat(prompt)  # type: ignore[arg-type]
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"[llm] a stream takes one SamplingParams, got {params!r}")
         [request] = self._requests([prompt], params, is_chat=is_chat)  # type: ignore[list-item]
         return self._stream(request, mode)
 
@@ -323,6 +330,7 @@ class LLM:
     def _run(self, requests: list[_Request], use_tqdm: bool) -> list[RequestOutput]:
         live: list[LiveRequest] = []
         num_left = len(requests)
+        newest_before = self._tracker.newest_id
         with progress_bar(len(requests), enabled=use_tqdm) as advance:
 
             def on_finish(output: RequestOutput) -> None:
@@ -337,8 +345,7 @@ class LLM:
                 while num_left:
                     self._tracker.step()
             except BaseException:
-                for item in live:
-                    self._tracker.abort(item)
+                self._tracker.abort_newer(newest_before)
                 raise
         return [item.output for item in live if item.output is not None]
 
@@ -354,7 +361,14 @@ class LLM:
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(prompts)
         else:
+            if not isinstance(sampling_params, Iterable):
+                raise ValueError(
+                    f"[llm] sampling_params must be SamplingParams, got {sampling_params!r}"
+                )
             params = list(sampling_params)
+        for p in params:
+            if not isinstance(p, SamplingParams):
+                raise ValueError(f"[llm] sampling_params must hold SamplingParams, got {p!r}")
         if len(params) != len(prompts):
             raise ValueError(f"[llm] {len(prompts)} prompts but {len(params)} sampling_params")
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -370,7 +384,7 @@ class LLM:
     def _request(
         self, index: int, prompt: Prompt, token_ids: Sequence[int], params: SamplingParams
     ) -> _Request:
-        ids = [operator.index(i) for i in token_ids]
+        ids = as_token_ids(index, token_ids)
         check_prompt(index, ids, self.checkpoint.vocab_size, self.max_model_len)
         if params.stop:
             self._require_tokenizer("a stop string")

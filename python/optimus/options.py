@@ -55,8 +55,11 @@ class EngineOptions:
                  "page_size", "num_threads")  # fmt: skip
         for name in sizes:
             _check_int(name, getattr(self, name), 1)
-        _check_int("seed", self.seed, 0)
+        _check_int("seed", self.seed, 0, 2**64)
         _check_int("step_log_size", self.step_log_size, 0)
+        for name in ("seed", "step_log_size", "max_num_seqs", "max_num_batched_rows"):
+            if getattr(self, name) is None:
+                raise ValueError(f"[llm] {name} must be an int, got None")
         for name in ("target_tpot_ms", "target_ttft_ms"):
             _check_positive(name, getattr(self, name))
         _check_floor(self.quality_floor)
@@ -70,6 +73,11 @@ class EngineOptions:
             raise ValueError(
                 "[llm] chunk_schedule and decode_mode 'schedule' go together, got "
                 f"chunk_schedule={self.chunk_schedule!r} with decode_mode {self.decode_mode!r}"
+            )
+        if self.chunk_schedule is not None and not isinstance(self.chunk_schedule, Mapping):
+            raise ValueError(
+                "[llm] chunk_schedule must be like {'1-16': 16, '17-': 4}, got "
+                f"{self.chunk_schedule!r}"
             )
         for arm in self.chunk_arms:
             _check_int("chunk_arms", arm, 1)
@@ -169,6 +177,8 @@ def plan_kv_cache(checkpoint: Checkpoint, options: EngineOptions, dtype: str) ->
         return KvPlan(page_size, max(needed, wanted), max_len, page_bytes, needed)
     memory = parse_bytes(options.kv_cache_memory)
     num_pages = memory // page_bytes
+    if num_pages >= 2**31:
+        raise ValueError(f"[llm] kv_cache_memory {memory} bytes is {num_pages} pages, too many")
     if num_pages < needed:
         raise ValueError(
             f"[llm] kv_cache_memory {memory} bytes holds {num_pages} pages of {page_size} tokens "
@@ -275,11 +285,13 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"[llm] {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_int(name: str, value: int | None, low: int) -> None:
+def _check_int(name: str, value: int | None, low: int, high: int = 2**31) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"[llm] {name} must be an int >= {low}, got {value!r}")
+    if value >= high:
+        raise ValueError(f"[llm] {name} must be an int < {high}, got {value!r}")
 
 
 def _check_chunk(name: str, value: int | None, block: int) -> None:

@@ -127,6 +127,11 @@ def to_profile(profile: Profile | None) -> _C.LatencyProfile | None:
     if profile is None or isinstance(profile, _C.LatencyProfile):
         return profile
     native = _C.LatencyProfile()
-    native.decode = [(rows, float(ms)) for rows, ms in profile]
+    try:
+        native.decode = [(rows, float(ms)) for rows, ms in profile]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"[profiles] a latency profile is [(rows, ms), ...], got {profile!r}: {error}"
+        ) from None
     native.validate()
     return native

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Prompt = str | Sequence[int]
@@ -18,10 +19,23 @@ def as_list(
     given: Any = prompts if prompts is not None else prompt_token_ids
     if isinstance(given, str):
         return [given]
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"[llm] prompts must be text, token ids or a list of them, got {given!r}")
     items = list(given)
-    if items and all(hasattr(item, "__index__") for item in items):
+    # One-element arrays have an __index__ too.
+    if items and all(hasattr(i, "__index__") and not getattr(i, "ndim", 0) for i in items):
         return [items]  # the ids of one prompt
     return items
+
+
+def as_token_ids(index: int, prompt: Sequence[Any]) -> list[int]:
+    """Raises ValueError for what is no sequence of ints."""
+    try:
+        if any(isinstance(i, bool) for i in prompt):
+            raise TypeError("a bool is no token id")
+        return [operator.index(i) for i in prompt]
+    except TypeError as error:
+        raise ValueError(f"[llm] prompt {index} must be text or token ids: {error}") from None
 
 
 def check_prompt(index: int, ids: Sequence[int], vocab_size: int, max_model_len: int) -> None:

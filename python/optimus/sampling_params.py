@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,10 @@ class SamplingParams:
     logprobs: bool | int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         _check_int("max_tokens", self.max_tokens, 1)
         _check_float(
             "temperature",
@@ -75,7 +77,7 @@ class SamplingParams:
         _check_int("seed", self.seed, 0, 2**64)
         _check_strings("stop", stop)
         for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, 2**31)
+            _check_int("stop_token_ids", token_id, 0)
         _check_bool("ignore_eos", self.ignore_eos)
         _check_float(
             "confidence_threshold", self.confidence_threshold, "in [0, 1]", lambda c: 0 <= c <= 1
@@ -123,13 +125,23 @@ def _fail(name: str, rule: str, value: Any) -> None:
     raise ValueError(f"[sampling_params] {name} must {rule}, got {value!r}")
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+def _check_int(name: str, value: Any, low: int, high: int = 2**31) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         _fail(name, "be an int", value)
-    if value < low or (high is not None and value >= high):
-        _fail(name, f"be >= {low}" if high is None else f"be in [{low}, {high})", value)
+    if value < low:
+        _fail(name, f"be >= {low}", value)
+    if value >= high:
+        _fail(name, f"be < {high}", value)
+
+
+def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    if values is None:
+        return ()
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        _fail(name, "be a list", values)
+    return tuple(values)
 
 
 def _check_strings(name: str, values: Sequence[Any]) -> None:
@@ -150,5 +162,5 @@ def _check_float(
         return
     if not isinstance(value, int | float) or isinstance(value, bool):
         _fail(name, "be a number", value)
-    if not math.isfinite(value) or not accepts(value):
+    if abs(value) > sys.float_info.max or not math.isfinite(value) or not accepts(value):
         _fail(name, f"be {rule}", value)

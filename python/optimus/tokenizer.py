@@ -60,7 +60,12 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True
     ) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """`encode` of each text, on all cores. Raises ValueError for text with lone surrogates."""
+        for index, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"[tokenizer] text {index} is not Unicode: {error}") from None
         encodings = self._backend.encode_batch_fast(
             list(texts), add_special_tokens=add_special_tokens
         )
@@ -90,7 +95,6 @@ class Tokenizer:
         if template is None:
             raise ValueError("[tokenizer] this checkpoint has no chat template, pass one")
         _check_messages(messages)
-        import jinja2
 
         try:
             return _compiled(template).render(
@@ -99,7 +103,7 @@ class Tokenizer:
                 **self._special_tokens,
                 **variables,
             )  # fmt: skip
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template computes, and may fail like any program
             raise ValueError(f"[tokenizer] the chat template failed: {error}") from None
 
 
@@ -118,7 +122,7 @@ def _find_chat_template(path: Path, config: dict[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = {e.get("name"): e.get("template") for e in template if isinstance(e, Mapping)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
         raise ValueError(

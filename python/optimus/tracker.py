@@ -95,6 +95,10 @@ class RequestTracker:
         self._live: dict[int, LiveRequest] = {}
         self._followed: dict[int, LiveRequest] = {}  # of those
         self._idle_steps = 0
+        self._results: list[_C.StepOutput] = []  # of the last step, until it is handed out
+        self._num_applied = 0  # of its updates
+        self._unclaimed: list[int] = []  # ids that the engine gave out and add() has not kept yet
+        self.newest_id = 0
 
     def add(
         self,
@@ -110,7 +114,8 @@ class RequestTracker:
         follow: keep its tokens and text up to date in every step; stop strings need that anyway.
         """
         follow = follow or bool(params.stop)
-        request_id = self.engine.add_request(prompt_token_ids, native)
+        self._unclaimed.extend(map(self.engine.add_request, (prompt_token_ids,), (native,)))
+        request_id = self._unclaimed[-1]
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
         text = None
         if follow and self.tokenizer is not None:
@@ -121,20 +126,32 @@ class RequestTracker:
         self._live[request_id] = live
         if follow:
             self._followed[request_id] = live
+        self.newest_id = request_id
+        self._unclaimed.clear()
         return live
 
     def step(self) -> None:
-        """Runs one engine step and hands its updates out."""
-        result = self.engine.step()
+        """Runs one engine step and hands its updates out.
+
+        An interrupt may come at any time and is not ours: what a step committed is kept until every
+        request has its part, and the next call goes on where this one was stopped. (extend and map
+        store the result before any byte code, and so any signal handler, can run.)
+        """
+        if not self._results:
+            self._num_applied = 0
+            self._results.extend(map(type(self.engine).step, (self.engine,)))
+        result = self._results[0]
         if self._followed:
-            for update in result.updates:
+            for update in result.updates[self._num_applied :]:
                 live = self._followed.get(update.id)
                 if live is not None:
                     self._apply(live, update)
+                self._num_applied += 1
         for request_id in result.finished_ids:
             live = self._live.get(request_id)
             if live is not None:
                 self._finish(live, None)
+        self._results.clear()
         self._idle_steps = self._idle_steps + 1 if result.is_idle else 0
         if self._idle_steps >= _MAX_IDLE_STEPS and self._live:
             raise RuntimeError(
@@ -149,6 +166,16 @@ class RequestTracker:
         if live.output is None and live.id in self._live:
             self.engine.abort(live.id)
             self._finish(live, None)
+
+    def abort_newer(self, request_id: int) -> None:
+        """Ends all requests that were added after `request_id`, and one whose add() was cut off."""
+        for unclaimed in self._unclaimed:
+            if unclaimed not in self._live:
+                self.engine.abort(unclaimed)
+                self.engine.release(unclaimed)
+        self._unclaimed.clear()
+        for live in [item for item in self._live.values() if item.id > request_id]:
+            self.abort(live)
 
     def _apply(self, live: LiveRequest, update: _C.RequestUpdate) -> None:
         committed = live.apply_commits(update)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,8 +67,23 @@ def test_a_bad_prompt_queues_nothing(usable: LLM, prompt: Any, message: str) -> 
 
 
 def test_prompts_of_a_wrong_type(usable: LLM) -> None:
-    with pytest.raises(TypeError):
-        usable.generate([[1.5, 2.5]], SHORT)  # type: ignore[list-item]
+    for prompts, params, message in (
+        ([[1.5, 2.5]], SHORT, "prompt 0 must be text or token ids: 'float'"),
+        ([[True, False]], SHORT, "prompt 0 must be text or token ids: a bool"),
+        ([[5], np.array([[1, 2]])], SHORT, "prompt 1 must be text or token ids: only"),
+        ({"prompt": "a"}, SHORT, "prompts must be text, token ids or a list of them, got {'prompt"),
+        (7, SHORT, "prompts must be text, token ids or a list of them, got 7"),
+        ("\ud800", SHORT, "text 0 is not Unicode"),
+        ("a", {"max_tokens": 1}, "sampling_params must hold SamplingParams, got 'max_tokens'"),
+        (["a"], [None], "sampling_params must hold SamplingParams, got None"),
+        ("a", 3, "sampling_params must be SamplingParams, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            usable.generate(prompts, params)
+    with pytest.raises(ValueError, match="a stream takes one SamplingParams"):
+        usable.stream("a", [SHORT])  # type: ignore[arg-type]
+    one_each = usable.generate([np.array([5]), np.array([7])], SHORT)
+    assert [output.prompt_token_ids for output in one_each] == [[5], [7]]
     with pytest.raises(ValueError, match="either prompts or prompt_token_ids"):
         usable.generate()
     with pytest.raises(ValueError, match="either prompts or prompt_token_ids"):
@@ -97,13 +113,19 @@ def test_prompts_of_a_wrong_type(usable: LLM) -> None:
         ("top_p", float("nan"), r"top_p must be in \(0, 1\], got nan"),
         ("top_p", 0.0, r"top_p must be in \(0, 1\], got 0.0"),
         ("top_p", 1.01, r"top_p must be in \(0, 1\], got 1.01"),
-        ("seed", -1, "seed must be in .*, got -1"),
-        ("seed", 2**64, "seed must be in .*, got 18446744073709551616"),
+        ("temperature", 10**400, "temperature must be 0 .*, got 1000"),
+        ("top_k", 2**31, "top_k must be < 2147483648, got 2147483648"),
+        ("seed", -1, "seed must be >= 0, got -1"),
+        ("seed", 2**64, "seed must be < 18446744073709551616, got 18446744073709551616"),
+        ("max_tokens", 2**31, "max_tokens must be < 2147483648, got 2147483648"),
         ("max_tokens", 0, "max_tokens must be >= 1, got 0"),
         ("max_tokens", True, "max_tokens must be an int, got True"),
         ("stop", "", r"stop must hold non-empty strings, got ''"),
         ("stop", [3], "stop must hold non-empty strings, got 3"),
-        ("stop_token_ids", [-3], "stop_token_ids must be in .*, got -3"),
+        ("stop", 0, "stop must be a list, got 0"),
+        ("stop_token_ids", [-3], "stop_token_ids must be >= 0, got -3"),
+        ("stop_token_ids", 0, "stop_token_ids must be a list, got 0"),
+        ("stop_token_ids", "12", "stop_token_ids must be a list, got '12'"),
         ("confidence_threshold", float("nan"), r"confidence_threshold must be in \[0, 1\], got n"),
         ("confidence_threshold", 1.5, "confidence_threshold .*got 1.5"),
         ("unmasking_strategy", "random", "unmasking_strategy must be one of .*, got 'random'"),
@@ -243,6 +265,12 @@ def schedule(ranges: dict[str, Any]) -> dict[str, Any]:
         ({"kv_cache_memory": "1 fortnight"}, "kv_cache_memory must be bytes .*got '1 fortnight'"),
         ({"kv_cache_memory": -5}, "kv_cache_memory must be bytes .*got -5"),
         ({"seed": -1}, "seed must be an int >= 0, got -1"),
+        ({"seed": None}, "seed must be an int, got None"),
+        ({"max_num_seqs": None}, "max_num_seqs must be an int, got None"),
+        ({"max_num_seqs": 2**31}, "max_num_seqs must be an int < 2147483648, got 2147483648"),
+        ({"kv_cache_memory": 2**60}, "kv_cache_memory 1152921504606846976 bytes is .* too many"),
+        (schedule([1]), r"chunk_schedule must be like .*, got \[1\]"),  # type: ignore[arg-type]
+        ({"latency_profile": "fast"}, r"a latency profile is \[\(rows, ms\), ...\], got 'fast'"),
         ({"num_threads": 0}, "num_threads must be an int >= 1, got 0"),
         ({"block_length": 0}, "block_length must be an int in .*, got 0"),
         ({"mask_token_id": 264}, r"mask_token_id must be an int in \[0, 264\), got 264"),

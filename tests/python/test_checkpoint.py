@@ -210,6 +210,12 @@ def test_inspect_lists_problems(tmp_path: Path) -> None:
     [
         ({"architectures": ["LlamaForCausalLM"]}, "unknown architecture LlamaForCausalLM; supp"),
         ({"architectures": ...}, "unknown architecture model_type 'sdar2'; supported: SDARFor"),
+        ({"architectures": "SDAR"}, "architectures must be of type list, got 'SDAR'"),
+        ({"rope_parameters": 5}, "rope_parameters must be of type dict, got 5"),
+        ({"layer_types": 5}, "layer_types must be of type list, got 5"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be of type bool, got 'false'"),
+        ({"grown_from": 5}, "grown_from must be of type dict, got 5"),
+        ({"vocab_size": 2**31}, r"vocab_size must be below 2\*\*31, got 2147483648"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling = .*'yarn'"),
@@ -240,6 +246,11 @@ def test_generation_config_values_are_checked(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, generation_config={"top_p": 1.5})
     with pytest.raises(ValueError, match=r"generation_config\.json: .*top_p .*got 1\.5"):
         load_checkpoint(tmp_path)
+
+
+def test_an_eos_of_null_does_not_hide_the_other_files(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, eos_token_id=5, generation_config={"eos_token_id": None})
+    assert load_checkpoint(tmp_path).eos_token_ids == (5,)
 
 
 def test_broken_json(tmp_path: Path) -> None:

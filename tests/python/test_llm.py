@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,39 @@ def test_interrupt_in_the_middle_leaves_the_llm_usable(llm: LLM) -> None:
     assert begun + "".join(e.text or "" for e in other) == expected[0]
     assert_idle(llm)
     assert texts(llm.generate(PROMPTS, SHORT)) == expected
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers")
+def test_interrupts_at_any_time_lose_nothing_of_other_requests(llm: LLM) -> None:
+    """A signal that comes while a step runs is seen when it returns: its commits must not be lost
+    on those who did not ask for the interrupt."""
+    [expected] = texts(llm.generate("hello", SHORT))
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    num_in_steps = 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for delay_ms in range(1, 21):
+            other = llm.with_options()
+            stream = other.stream("hello", SHORT)
+            begun = next(stream).text or ""
+            signal.setitimer(signal.ITIMER_REAL, 1e-3 * delay_ms)
+            try:
+                other.generate(PROMPTS * 10, SHORT)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt as error:
+                innermost = traceback.extract_tb(error.__traceback__)[-2]  # the last is `interrupt`
+                if "engine).step" not in (innermost.line or ""):
+                    continue  # of Python's own work, some microseconds are not safe
+                num_in_steps += 1
+            assert begun + "".join(event.text or "" for event in stream) == expected
+            assert_idle(other)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert num_in_steps > 0
 
 
 def test_with_options_shares_weights(llm: LLM) -> None:

@@ -1,6 +1,10 @@
 // ThreadPool: partition, grain, exceptions, many short jobs.
+#include <sys/resource.h>
+
 #include <atomic>
+#include <cstdlib>
 #include <mutex>
+#include <system_error>
 
 #include "core/parallel.h"
 #include "testing.h"
@@ -84,6 +88,23 @@ TEST(ThreadPool, WakesSleepingWorkers) {
     EXPECT_EQ(started, 2);
   }
 }
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+// Memory is limited in a child: threads need stacks.
+TEST(ThreadPool, SaysWhenThereAreNoMoreThreads) {
+  const auto construct = [] {
+    const rlimit limit{size_t(1) << 30, size_t(1) << 30};
+    if (setrlimit(RLIMIT_AS, &limit) != 0) std::_Exit(2);
+    try {
+      ThreadPool pool(5000);
+    } catch (const std::system_error&) {
+      std::_Exit(0);
+    }
+    std::_Exit(1);
+  };
+  EXPECT_EXIT(construct(), ::testing::ExitedWithCode(0), "");
+}
+#endif
 
 }  // namespace
 }  // namespace optimus
