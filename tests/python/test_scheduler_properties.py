@@ -413,6 +413,14 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             self.written[page] = self.depends_on(tokens, len(pages) - 1)
         self.live.append(Sequence(tokens, pages, num_tokens // self.page_size))
 
+    def num_found(self, sequence: Sequence, num_pages: int) -> int:
+        pages, num_tokens = self.cache.match(sequence.tokens[: num_pages * self.page_size])
+        for i, page in enumerate(pages):
+            assert self.written[page] == self.depends_on(sequence.tokens, i), "other content"
+            self.pool.release(page)
+        assert num_tokens == len(pages) * self.page_size
+        return len(pages)
+
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def register(self, data: st.DataObject) -> None:
@@ -421,15 +429,12 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         num_full = data.draw(st.integers(0, units)) * self.unit // self.page_size
         if num_full < sequence.num_registered:
             return
+        already = self.num_found(sequence, sequence.num_registered)
         self.cache.insert(sequence.tokens, sequence.pages, sequence.num_registered, num_full)
+        # It is found now, whoever computed it; unless that was another one, whose pages are gone.
+        if already == sequence.num_registered:
+            assert self.num_found(sequence, num_full) == num_full
         sequence.num_registered = num_full
-        # It is found now, whoever computed it.
-        pages, num_tokens = self.cache.match(sequence.tokens[: num_full * self.page_size])
-        for page in pages:
-            self.pool.release(page)
-        assert num_tokens == num_full * self.page_size
-        for i, page in enumerate(pages):
-            assert self.written[page] == self.depends_on(sequence.tokens, i), "other content"
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
