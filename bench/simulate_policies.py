@@ -48,6 +48,12 @@ SWEEPS: dict[str, Sweep] = {
     "mixed tasks, alike": (
         "h200-dense-8b", LOADS, 12, Workload(families=("json_extract", "word_problems")), {},
     ),
+    "h200 dense 8B, padded to graphs": (
+        "h200-dense-8b-graphs", LOADS[:9], 12, Workload(), {},
+    ),
+    "h200 mixture of experts, padded to graphs": (
+        "h200-moe-mini-graphs", LOADS[:9], 12, Workload(), {},
+    ),
     "h200 mixture of experts": ("h200-moe-mini", LOADS, 12, Workload(), {}),
     "h200 dense 8B, 16k contexts": (
         "h200-dense-8b", (1, 4, 16, 64), 3, Workload(prompt_len=16384, output_len=1024), {},

@@ -82,7 +82,7 @@ void ChunkPolicy::allocate(int arm, const std::vector<RequestLoad>& loads, const
   constexpr double kMaxCorrection = 2.0;
   const double correction =
       std::clamp((kTrust + realised_) / (kTrust + expected_), 1 / kMaxCorrection, kMaxCorrection);
-  const Stop best = best_stop(levels, price_ * correction, other, latency);
+  const Stop best = best_stop(arm, levels, price_ * correction, other, latency);
   hand_out(best.level, best.rows);
   decision.expected_commits = best.commits;
   decision.predicted_ms = best.ms;
@@ -116,6 +116,7 @@ void ChunkPolicy::open_requests(const std::vector<RequestLoad>& loads, int arm, 
       }
       levels.num_requests += 1;
       levels.rows_taken += first;
+      levels.fresh_rows += load.num_fresh;
       if (group.refresh) levels.refresh_rows += refresh_share(group.yields[arm].commits);
       open_segments(group, cells, first, last, none, levels);
       lengths_[i] = first;
@@ -125,18 +126,39 @@ void ChunkPolicy::open_requests(const std::vector<RequestLoad>& loads, int arm, 
   }
 }
 
-// Walks down the levels and tries each number of rows that can be the best.
-ChunkPolicy::Stop ChunkPolicy::best_stop(const Levels& levels, double lambda, const StepLoad& other,
-                                         const LatencyModel& latency) const {
+// What a row more takes in a step of about as many rows as `arm` has in the long run.
+double ChunkPolicy::row_ms(const ArmEstimate& arm, const StepLoad& other,
+                           const LatencyModel& latency) const {
+  constexpr double kLess = 0.75, kMore = 1.25;
+  const auto ms = [&](double rows) {
+    return latency.predict_about(
+        {static_cast<int>(std::lround(rows)), other.prefill_rows, other.kv_tokens + kv_tokens_});
+  };
+  const double span = (kMore - kLess) * arm.rows;
+  return std::max(0.0, (ms(kMore * arm.rows) - ms(kLess * arm.rows)) / span);
+}
+
+// Walks down the levels and tries each number of rows that can be the best. Its commits are fresh
+// rows of the next step. On a line they may be counted as rows of this one. Where sizes are padded
+// that would fill up a size with rows that are not there yet: then a step costs the rows it has, with
+// the fresh ones of now, and what its commits will cost is a price for each.
+ChunkPolicy::Stop ChunkPolicy::best_stop(int arm, const Levels& levels, double lambda,
+                                         const StepLoad& other, const LatencyModel& latency) const {
+  const bool is_padded = latency.profile().is_padded;
   const double per_commit = 1 + levels.refresh_rows / levels.num_requests;  // rows it brings
+  const double commit_ms = is_padded ? per_commit * row_ms(arms_[arm], other, latency) : 0;
+  const double fixed_rows = is_padded ? levels.fresh_rows : 0;
+  const double rows_per_commit = is_padded ? 0 : per_commit;
   double rows = levels.rows_taken, commits = levels.commits_taken;
   Stop best;
   double best_value = 0, best_tpot = 0;
   bool have_best = false;
   const auto try_stop = [&](int level, double x, double mask_rows, double expected) {
-    const int total = static_cast<int>(std::lround(mask_rows + expected * per_commit));
-    const double ms = latency.predict({total, other.prefill_rows, other.kv_tokens + kv_tokens_});
-    const double value = expected - lambda * ms, tpot = ms * levels.num_requests / expected;
+    const double total = mask_rows + fixed_rows + expected * rows_per_commit;
+    const double ms = latency.predict(
+        {static_cast<int>(std::lround(total)), other.prefill_rows, other.kv_tokens + kv_tokens_});
+    const double value = expected - lambda * (ms + commit_ms * expected);
+    const double tpot = ms * levels.num_requests / expected;
     const bool meets = config_.target_tpot_ms <= 0 || tpot <= config_.target_tpot_ms;
     const bool better = !have_best || (meets != best.meets_target ? meets
                                        : meets                    ? value > best_value
@@ -153,8 +175,8 @@ ChunkPolicy::Stop ChunkPolicy::best_stop(const Levels& levels, double lambda, co
   for (int level = kLevels - 1; level >= 0; --level) {
     if (levels.rows[level] == 0) continue;
     const double gain = levels.gains[level] / levels.rows[level];
-    const double growth = 1 + gain * per_commit;
-    const double before = rows + commits * per_commit;
+    const double growth = 1 + gain * rows_per_commit;
+    const double before = rows + fixed_rows + commits * rows_per_commit;
     const double after = before + levels.rows[level] * growth;
     for (; corner != corners.end() && corner->rows < after; ++corner) {
       const double x = std::floor((corner->rows - before) / growth);

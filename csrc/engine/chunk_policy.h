@@ -36,7 +36,7 @@ struct ChunkPolicyConfig {
 // What the policy sees of one decoding request.
 struct RequestLoad {
   int num_masked = 0;      // masks left in its block
-  int num_fresh = 0;       // rows it must feed anyway
+  int num_fresh = 0;       // rows it must feed anyway, a refresh included
   int context_len = 0;     // keys it reads
   int commit_context = 0;  // CommitModel::context
   float threshold = 0;
@@ -109,7 +109,7 @@ class ChunkPolicy {
   struct Levels {
     double rows[kLevels] = {}, gains[kLevels] = {};  // up for allocation
     double rows_taken = 0, commits_taken = 0;        // without them
-    double refresh_rows = 0;
+    double refresh_rows = 0, fresh_rows = 0;
     int num_requests = 0;  // with masks
   };
   // Where to stop on the way down the levels: `rows` of `level` are taken, all of those above.
@@ -139,7 +139,8 @@ class ChunkPolicy {
   // `none`: probability that no mask before `first` is accepted.
   void open_segments(const Group& group, const CommitModel::Cells& cells, int first, int last,
                      float none, Levels& levels);
-  Stop best_stop(const Levels& levels, double lambda, const StepLoad& other,
+  double row_ms(const ArmEstimate& arm, const StepLoad& other, const LatencyModel& latency) const;
+  Stop best_stop(int arm, const Levels& levels, double lambda, const StepLoad& other,
                  const LatencyModel& latency) const;
   void hand_out(int level, int left);
 

@@ -87,11 +87,11 @@ void LatencyProfile::validate() const {
   }
 }
 
-double LatencyProfile::ms(const StepLoad& load) const {
-  double result = curve_ms(decode, load.rows, is_padded);
+double LatencyProfile::ms(const StepLoad& load, bool padded) const {
+  double result = curve_ms(decode, load.rows, padded);
   if (load.prefill_rows > 0 && !prefill.empty()) {
     const double share = static_cast<double>(load.prefill_rows) / std::max(load.rows, 1);
-    result += share * (curve_ms(prefill, load.rows, is_padded) - result);
+    result += share * (curve_ms(prefill, load.rows, padded) - result);
   }
   return result + kv_ms(kv, load.kv_tokens);
 }
@@ -120,20 +120,24 @@ LatencyModel::Place LatencyModel::locate(const Points& points, int rows) {
               (static_cast<double>(points[right].rows) - points[left].rows)};
 }
 
-double LatencyModel::shape_correction(int rows) const {
+double LatencyModel::shape_correction(int rows, bool padded) const {
   const Place place = locate(profile_.decode, rows);
   const double right = log_shape_[place.right];
-  if (profile_.is_padded) return right;
+  if (padded) return right;
   return log_shape_[place.left] + (right - log_shape_[place.left]) * place.fraction;
 }
 
-double LatencyModel::forward_ms(const StepLoad& load) const {
+double LatencyModel::forward_ms(const StepLoad& load, bool padded) const {
   OPTIMUS_INVARIANT(has_profile(), "[latency_model] predict without a profile");
-  return profile_.ms(load) * std::exp(log_scale_ + shape_correction(load.rows));
+  return profile_.ms(load, padded) * std::exp(log_scale_ + shape_correction(load.rows, padded));
 }
 
 double LatencyModel::predict(const StepLoad& load) const {
-  return forward_ms(load) + std::max(0.0, overhead_.value());
+  return forward_ms(load, profile_.is_padded) + std::max(0.0, overhead_.value());
+}
+
+double LatencyModel::predict_about(const StepLoad& load) const {
+  return forward_ms(load, false) + std::max(0.0, overhead_.value());
 }
 
 double LatencyModel::relative_error(int rows) const {
@@ -147,7 +151,7 @@ double LatencyModel::relative_error(int rows) const {
 
 void LatencyModel::observe(const StepLoad& load, double forward_ms) {
   if (!has_profile() || !std::isfinite(forward_ms) || forward_ms <= 0) return;
-  const double residual = std::log(forward_ms / this->forward_ms(load));
+  const double residual = std::log(forward_ms / this->forward_ms(load, profile_.is_padded));
   mean_abs_residual_ +=
       kErrorGain * (std::min(std::abs(residual), kErrorClip) - mean_abs_residual_);
 

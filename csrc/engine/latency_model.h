@@ -37,7 +37,8 @@ struct LatencyProfile {
   void validate() const;
   // The measured time, without any correction. Below the first point: the first. Beyond the last:
   // along the last two, never falling, as nothing was measured there.
-  double ms(const StepLoad& load) const;
+  double ms(const StepLoad& load) const { return ms(load, is_padded); }
+  double ms(const StepLoad& load, bool padded) const;
 };
 
 class LatencyModel {
@@ -48,6 +49,8 @@ class LatencyModel {
 
   // ms from one step to the next, > 0; requires a profile.
   double predict(const StepLoad& load) const;
+  // The same for a step of about so many rows: between two padded sizes, between their times.
+  double predict_about(const StepLoad& load) const;
   // Relative error to expect of predict() for this many rows: what was seen lately, and more beyond
   // the measured range.
   double relative_error(int rows) const;
@@ -66,8 +69,8 @@ class LatencyModel {
     double fraction;
   };
   static Place locate(const std::vector<LatencyProfile::Point>& points, int rows);
-  double shape_correction(int rows) const;
-  double forward_ms(const StepLoad& load) const;
+  double shape_correction(int rows, bool padded) const;
+  double forward_ms(const StepLoad& load, bool padded) const;
 
   LatencyProfile profile_;
   double log_scale_ = 0;               // of the whole curve: clocks, a neighbour on the device

@@ -33,9 +33,9 @@ int Scheduler::prompt_rows_left() const {
 void Scheduler::choose_chunks(const LatencyModel& latency, const CommitModel& commits) {
   loads_.clear();
   for (const Request* request : decoding_) {
-    loads_.push_back({request->num_masked, request->num_fresh, window_end(*request),
-                      request->commit_context, request->params.confidence_threshold,
-                      &request->history});
+    loads_.push_back({request->num_masked, decode_rows(*request, 0, must_refresh(*request)),
+                      window_end(*request), request->commit_context,
+                      request->params.confidence_threshold, &request->history});
   }
   // What prompts will take of the step: all they want, unless a target slowed them down lately.
   StepLoad other;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +50,31 @@ def _a100_dense_8b() -> tuple[_Points, _Points]:
     return points, _kv(36, 8, 128, _H200_COPY_BYTES_PER_MS * 2.04 / 4.8)
 
 
+def _as_graphs(curve: tuple[_Points, _Points]) -> tuple[_Points, _Points]:
+    """As the CUDA runner executes a curve's steps: rows padded to the sizes of its graphs
+    (csrc/engine/runner.cpp), which are a step function to the policies."""
+    decode, kv = curve
+    rows, sizes = 1, []
+    while rows < decode[-1][0]:
+        sizes.append(rows)
+        steps = ((8, rows), (32, 8), (256, 16), (512, 64), (decode[-1][0], 128))
+        rows += next(step for below, step in steps if rows < below)
+    return [(r, _between(decode, r)) for r in [*sizes, decode[-1][0]]], kv
+
+
+def _between(points: _Points, rows: int) -> float:
+    for (r0, ms0), (r1, ms1) in itertools.pairwise(points):
+        if r0 <= rows <= r1:
+            return round(ms0 + (ms1 - ms0) * (rows - r0) / (r1 - r0), 4)
+    raise AssertionError("unreachable: rows lie within the points")
+
+
 CURVES: dict[str, Callable[[], tuple[_Points, _Points]]] = {
     "h200-dense-8b": _h200_dense_8b,
     "h200-moe-mini": _h200_moe_mini,
     "a100-dense-8b": _a100_dense_8b,
+    "h200-dense-8b-graphs": lambda: _as_graphs(_h200_dense_8b()),
+    "h200-moe-mini-graphs": lambda: _as_graphs(_h200_moe_mini()),
 }
 
 
@@ -65,6 +87,7 @@ def load_curve(name: str | Path) -> _C.LatencyProfile:
     profile = _C.LatencyProfile()
     if str(name) in CURVES:
         profile.decode, profile.kv = CURVES[str(name)]()
+        profile.is_padded = str(name).endswith("-graphs")
         return profile
     if not Path(name).is_file():
         raise ValueError(

@@ -55,7 +55,9 @@ std::vector<RequestLoad> random_loads(Rng& rng, const Trained& trained, int coun
 
 struct Outcome {
   double commits, ms, tpot_ms;
-  double value(double lambda) const { return commits - lambda * ms; }
+  double value(double lambda, double commit_ms = 0) const {
+    return commits - lambda * (ms + commit_ms * commits);
+  }
 };
 
 // Expected commits of a request: every mask adds its probability, and where no mask is accepted one
@@ -71,16 +73,21 @@ double commits_of(const RequestLoad& load, int length, const CommitModel& commit
 }
 
 // What an allocation yields; commits are rows of the next step.
+// Commits are fresh rows of the next step. On a line they count as rows of this one; where sizes are
+// padded, a step has the fresh rows of now, and commits are priced (commit_ms_of).
 Outcome outcome_of(const std::vector<int>& lengths, const std::vector<RequestLoad>& loads,
                    const CommitModel& commits, const LatencyModel& latency) {
-  double expected = 0, rows = 0;
+  double expected = 0;
+  int rows = 0, fresh = 0;
   int64_t kv_tokens = 0;
   for (size_t i = 0; i < loads.size(); ++i) {
     expected += commits_of(loads[i], lengths[i], commits);
     rows += lengths[i];
+    fresh += loads[i].num_fresh;
     kv_tokens += loads[i].context_len;
   }
-  const double ms = latency.predict({static_cast<int>(std::lround(rows + expected)), 0, kv_tokens});
+  const double more = latency.profile().is_padded ? fresh : expected;
+  const double ms = latency.predict({static_cast<int>(std::lround(rows + more)), 0, kv_tokens});
   return {expected, ms, ms * static_cast<double>(loads.size()) / expected};
 }
 
@@ -91,6 +98,19 @@ double price_of_time(const ChunkPolicy& policy) {
     if (!arm.refresh) price = std::max(price, arm.rate());
   }
   return price;
+}
+
+// What a row more takes, around the rows of the arm that was chosen.
+double commit_ms_of(const ChunkPolicy& policy, const LatencyModel& latency) {
+  if (!latency.profile().is_padded) return 0;
+  for (const ArmEstimate& arm : policy.arms()) {
+    if (arm.verdict != ChunkPolicy::kChosen) continue;
+    const auto ms = [&](double share) {
+      return latency.predict_about({static_cast<int>(std::lround(share * arm.rows)), 0, 0});
+    };
+    return std::max(0.0, (ms(1.25) - ms(0.75)) / (0.5 * arm.rows));
+  }
+  return 0;
 }
 
 int sum(const std::vector<int>& values) { return std::accumulate(values.begin(), values.end(), 0); }
@@ -136,12 +156,14 @@ TEST(ChunkAllocation, ReachesTheOptimumOfSmallCases) {
                       shortest == 1 ? std::vector<int>{1, 2, 3, 4} : std::vector<int>{2, 4});
     ChunkPolicy policy(config);
     const auto decision = policy.choose(loads, {}, latency, trained.commits);
-    const double lambda = price_of_time(policy);
+    const double lambda = price_of_time(policy), commit_ms = commit_ms_of(policy, latency);
     const std::vector<int> lengths = policy.chunk_lengths();
-    const double reached = outcome_of(lengths, loads, trained.commits, latency).value(lambda);
+    const double reached =
+        outcome_of(lengths, loads, trained.commits, latency).value(lambda, commit_ms);
     double best = -1e300;
     for_each_allocation(loads, shortest, 4, [&](const std::vector<int>& candidate) {
-      best = std::max(best, outcome_of(candidate, loads, trained.commits, latency).value(lambda));
+      best = std::max(
+          best, outcome_of(candidate, loads, trained.commits, latency).value(lambda, commit_ms));
     });
     ASSERT_GE(reached, best - kWorst)
         << "seed " << seed << ", lengths " << ::testing::PrintToString(lengths);
@@ -174,12 +196,12 @@ TEST(ChunkAllocation, IsWithinOneLevelOfTheGreedyOptimumForLargeBatches) {
     }
     ChunkPolicy policy(policy_config(ChunkPolicyKind::elastic_per_request, {1, 2, 4, 8}));
     policy.choose(loads, {}, latency, trained.commits);
-    const double lambda = price_of_time(policy);
-    const double reached =
-        outcome_of(policy.chunk_lengths(), loads, trained.commits, latency).value(lambda);
+    const double lambda = price_of_time(policy), commit_ms = commit_ms_of(policy, latency);
+    const double reached = outcome_of(policy.chunk_lengths(), loads, trained.commits, latency)
+                               .value(lambda, commit_ms);
 
     std::vector<int> lengths(loads.size(), 1);
-    double best = outcome_of(lengths, loads, trained.commits, latency).value(lambda);
+    double best = outcome_of(lengths, loads, trained.commits, latency).value(lambda, commit_ms);
     double at = best;
     for (;;) {
       int next = -1, stretch = 0;
@@ -196,11 +218,11 @@ TEST(ChunkAllocation, IsWithinOneLevelOfTheGreedyOptimumForLargeBatches) {
       }
       if (next < 0) break;
       lengths[next] += stretch;
-      at = outcome_of(lengths, loads, trained.commits, latency).value(lambda);
+      at = outcome_of(lengths, loads, trained.commits, latency).value(lambda, commit_ms);
       best = std::max(best, at);
     }
-    // Two hundredths of a commit per row, or two masks worth.
-    EXPECT_GE(reached, best - std::max(2 * kWorst, 0.02 * sum(lengths))) << "seed " << seed;
+    // Three hundredths of a commit per row, or two masks worth.
+    EXPECT_GE(reached, best - std::max(2 * kWorst, 0.03 * sum(lengths))) << "seed " << seed;
   }
 }
 
@@ -279,7 +301,7 @@ TEST(ChunkAllocation, UsesUpAPaddedStep) {
   for (unsigned seed = 1; seed <= 50; ++seed) {
     Rng rng(seed);
     const Trained trained(rng);
-    const LatencyModel latency = latency_of({{256, 5.0}, {4096, 1000.0}}, /*is_padded=*/true);
+    const LatencyModel latency = latency_of({{256, 5.0}, {512, 10.0}}, /*is_padded=*/true);
     std::vector<RequestLoad> loads = random_loads(rng, trained, 40);
     int64_t most = 0;
     for (RequestLoad& load : loads) {
@@ -287,11 +309,11 @@ TEST(ChunkAllocation, UsesUpAPaddedStep) {
       most += load.num_masked;
     }
     ChunkPolicy policy(policy_config(ChunkPolicyKind::elastic_per_request));
-    const auto decision = policy.choose(loads, {}, latency, trained.commits);
-    EXPECT_DOUBLE_EQ(decision.predicted_ms, 5.0) << "seed " << seed;
-    const double rows = sum(policy.chunk_lengths()) + decision.expected_commits;
-    EXPECT_LE(rows, 257) << "seed " << seed;
-    EXPECT_GE(rows, std::min<double>(most, 250)) << "seed " << seed;
+    policy.choose(loads, {}, latency, trained.commits);
+    int rows = sum(policy.chunk_lengths());
+    for (const RequestLoad& load : loads) rows += load.num_fresh;
+    EXPECT_LE(rows, 256) << "seed " << seed;
+    EXPECT_GE(rows, std::min<int64_t>(most, 250)) << "seed " << seed;
   }
 }
 
