@@ -89,7 +89,7 @@ ChunkDecision ChunkPolicy::choose(const std::vector<RequestLoad>& loads, const S
   decision.reason = decision.meets_target ? "best" : "target_tpot_ms cannot be met: fastest";
   best = keep_if_close(best, decision);
   current_ = best;
-  for (ArmEstimate& arm : arms_) arm.verdict = &arm == &arms_[best] ? kChosen : "slower";
+  for (ArmEstimate& arm : arms_) arm.verdict = verdict_of(arm, arms_[best]);
   decision.refresh = arms_[best].refresh;
   decision.expected_commits = arms_[best].commits;
   decision.predicted_ms = arms_[best].ms;
@@ -103,6 +103,13 @@ ChunkDecision ChunkPolicy::choose(const std::vector<RequestLoad>& loads, const S
   if (loads.empty()) decision.chunk_length = arms_[best].chunk_length;
   for (int length : lengths_) decision.chunk_length = std::max(decision.chunk_length, length);
   return decision;
+}
+
+const char* ChunkPolicy::verdict_of(const ArmEstimate& arm, const ArmEstimate& best) const {
+  if (&arm == &best) return kChosen;
+  if (!is_open(arm)) return "other KV";
+  if (!meets_target(arm)) return "above target";
+  return arm.score <= best.score ? "lower score" : "too close";
 }
 
 // A gain within the noise of the models is not worth changing the batch's shape for.

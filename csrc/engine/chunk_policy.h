@@ -53,7 +53,7 @@ struct ArmEstimate {
   double alone_ms = 0;           // of a step without prompts
   double optimism = 0;           // share of the commits granted because little is known of it
   double score = 0;              // commits - price of time * time added to the prompts' step
-  const char* verdict = "";      // static text
+  const char* verdict = "";      // static text: chosen, or why not
   double rate() const { return commits / ms; }
 };
 
@@ -129,6 +129,7 @@ class ChunkPolicy {
   void estimate_arms(const StepLoad& other, const LatencyModel& latency);
   bool is_open(const ArmEstimate& arm) const;
   bool meets_target(const ArmEstimate& arm) const;
+  const char* verdict_of(const ArmEstimate& arm, const ArmEstimate& best) const;
   int best_arm(bool& meets) const;
   int keep_if_close(int best, ChunkDecision& decision) const;
   void assign(int arm, const std::vector<RequestLoad>& loads);

@@ -110,7 +110,9 @@ void EngineCore::apply(const StepResult& result, double forward_ms, double now_s
     }
   }
   record_.commits = static_cast<int>(new_commits_.size());
-  scheduler_.observe(record_.commits, forward_ms + latency_.overhead_ms());
+  if (plan_->num_decoding > 0) {
+    scheduler_.observe(record_.commits, forward_ms + latency_.overhead_ms());
+  }
   latency_.observe(plan_->load(), forward_ms);
   // Steps that follow each other at once: what the forward does not explain is host work.
   if (last_end_s_ >= 0) latency_.observe_overhead((now_s_ - last_end_s_) * 1e3 - forward_ms);

@@ -34,6 +34,14 @@ Simulator::Simulator(const SimulatorConfig& config, std::vector<CommitTrace> tra
   for (const CommitTrace& trace : traces_) trace.validate();
   config_.latency.validate();
   OPTIMUS_CHECK(!config_.latency.decode.empty(), "[simulator] needs a latency curve");
+  const auto check = [](const char* name, double value, double most) {
+    OPTIMUS_CHECK(value >= 0 && value <= most, "[simulator] ", name, " must be between 0 and ",
+                  most, ", got ", value);
+  };
+  check("host_ms", config_.host_ms, 1e6);
+  check("jitter", config_.jitter, 2);
+  check("outlier_share", config_.outlier_share, 1);
+  check("outlier_factor", config_.outlier_factor, 1e6);
   if (!config_.without_profile) {
     core_.latency().set_profile(config_.profile.decode.empty() ? config_.latency : config_.profile);
   }

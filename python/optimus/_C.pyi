@@ -170,6 +170,7 @@ class ArmEstimate:
     rows: float
     ms: float
     tpot_ms: float
+    score: float
     verdict: str
 
 class StepRecord:

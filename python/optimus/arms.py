@@ -89,5 +89,7 @@ def parse_schedule_text(text: str | None) -> dict[str, int] | None:
             raise ValueError(
                 f"[bench] a schedule must look like '1-16:16,17-64:8,65-:4', got {entry!r}"
             )
+        if key in schedule:
+            raise ValueError(f"[bench] a schedule holds {key!r} twice: {text!r}")
         schedule[key] = int(length)
     return schedule

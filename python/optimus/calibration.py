@@ -111,6 +111,10 @@ class Calibration:
             if arm.chunk_length is not None
         ]
 
+    def reaches(self, floor: float | str | None) -> bool:
+        """Whether elastic decoding may use any of the chunk arms."""
+        return any(arm.meets(floor) for arm in self.arms if arm.chunk_length is not None)
+
     def in_order(self) -> list[Arm]:
         """By threshold, block decoding first, then chunk length, freeze before refresh."""
         return sorted(self.arms, key=lambda a: (a.threshold, a.chunk_length or 0, a.refresh))
@@ -244,6 +248,12 @@ class CalibrationSource:
             return []
         found = self.find()
         if found is not None:
+            if not self._warned and not found.reaches(floor):
+                self._warned = True
+                _log.warning(
+                    "no chunk length of %s reaches quality_floor=%r: the most accurate is used",
+                    self._checkpoint.path, floor,
+                )  # fmt: skip
             return found.measured_arms()
         if not self._warned:
             self._warned = True

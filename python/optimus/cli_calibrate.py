@@ -21,6 +21,7 @@ from .cli_options import (
     load_llm,
     print_json,
 )
+from .cli_report import parse_positive_ints
 
 if TYPE_CHECKING:
     from . import _C
@@ -62,6 +63,9 @@ def calibrate_command(
     from .evaluate import load_tasks
 
     task_list = load_tasks(tasks, num_prompts)
+    lengths = None
+    if chunk_lengths is not None:
+        lengths = parse_positive_ints(chunk_lengths, "--chunk-lengths")
     llm = load_llm(
         model, "block", None, None, dtype=dtype, num_threads=threads, block_length=block_length,
         mask_token_id=mask_token_id, max_num_seqs=concurrency, calibration=None,
@@ -70,7 +74,7 @@ def calibrate_command(
     file = cached_file(model_hash(directory)) if output is None else output
     found = calibrate(
         llm, task_list, file,
-        chunk_lengths=None if chunk_lengths is None else [int(c) for c in _numbers(chunk_lengths)],
+        chunk_lengths=lengths,
         thresholds=_numbers(thresholds), max_tokens=max_tokens, fresh=fresh, raw=raw,
         on_arm=lambda arm: _err.print(f"[dim]{_line(arm)}[/dim]"),
     )  # fmt: skip
@@ -168,6 +172,9 @@ def _line(arm: Arm) -> str:
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        numbers = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"[cli] numbers separated by commas were expected, got {text!r}") from None
+        numbers = []
+    if not numbers:
+        raise ValueError(f"[cli] numbers separated by commas were expected, got {text!r}")
+    return numbers

@@ -78,7 +78,8 @@ class RunLog:
         if self.explain is None or not is_elastic:
             return
         if self.explain <= len(records):
-            self.explanations.append(f"{name}, {explain(records[self.explain - 1])}")
+            record = records[self.explain - 1]  # numbered by its engine, earlier runs included
+            self.explanations.append(f"{name}, step {self.explain} of the run: {explain(record)}")
         else:
             self.explanations.append(f"{name}: the last run had {len(records)} steps")
 

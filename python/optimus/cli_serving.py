@@ -146,6 +146,8 @@ def serving(
 
     check_output(output, step_log, trace)
     names = split_list(modes, "--modes")
+    if not drain >= 0:
+        raise ValueError(f"[cli] --drain must not be negative, got {drain}")
     slo = Slo(slo_ttft_ms, slo_tpot_ms)
     if find_capacity and not slo.is_set:
         raise ValueError("[cli] --find-capacity needs an SLO: --slo-ttft-ms or --slo-tpot-ms")

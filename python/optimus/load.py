@@ -97,6 +97,11 @@ def arrival_times(pattern: Pattern, rate: float, duration_s: float, seed: int) -
     """
     check_positive("rate", rate)
     check_positive("duration_s", duration_s)
+    if pattern.kind == "burst" and duration_s / pattern.period_s > _MAX_REQUESTS:
+        raise ValueError(
+            f"[load] period_s {pattern.period_s} makes more than {_MAX_REQUESTS} bursts in "
+            f"{duration_s} s"
+        )
     if rate * duration_s * max(1.0, pattern.burst_factor) > _MAX_REQUESTS:
         raise ValueError(
             f"[load] {rate} requests per second for {duration_s} s are more than {_MAX_REQUESTS}"
@@ -189,7 +194,11 @@ def load_trace(path: str | Path) -> list[Arrival]:
         raise ValueError(f"[load] {file} does not exist")
     arrivals: list[Arrival] = []
     origin = 0.0
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"[load] {file} cannot be read: {error}") from None
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line separators
         if not line.strip():
             continue
         try:

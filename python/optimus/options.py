@@ -235,7 +235,7 @@ def parse_mode(text: str) -> tuple[str, int | None]:
     _check_choice("mode", mode, DECODE_MODES)
     if not colon:
         return mode, None
-    if mode != "chunk" or not length.isdecimal():
+    if mode != "chunk" or not length.isdecimal() or int(length) < 1:
         raise ValueError(f"[llm] mode must look like 'chunk:4' to carry a length, got {text!r}")
     return mode, int(length)
 

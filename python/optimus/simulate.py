@@ -36,6 +36,16 @@ class Workload:
     families: Sequence[str] | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("prompt_len", "output_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"[simulate] {name} must be at least 1, got {value}")
+        if not self.thresholds:
+            raise ValueError("[simulate] thresholds must not be empty")
+        if self.seed < 0:
+            raise ValueError(f"[simulate] seed must not be negative, got {self.seed}")
+
 
 @dataclass(frozen=True)
 class SimulatedRow:

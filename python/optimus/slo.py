@@ -176,6 +176,8 @@ def find_capacity(
     """
     check_positive("rate", start_rate)
     check_positive("tolerance", tolerance)
+    if not 0 < share <= 1:
+        raise ValueError(f"[load] share must be in (0, 1], got {share}")
     if max_runs < 1:
         raise ValueError(f"[load] max_runs must be at least 1, got {max_runs}")
     probes: list[Probe] = []

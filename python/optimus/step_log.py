@@ -20,7 +20,7 @@ _FIELDS = (
     "commits", "expected_commits", "predicted_ms", "forward_ms", "step_ms", "meets_target",
     "reason",
 )  # fmt: skip
-_ARM_FIELDS = ("chunk_length", "refresh", "commits", "rows", "ms", "tpot_ms", "verdict")
+_ARM_FIELDS = ("chunk_length", "refresh", "commits", "rows", "ms", "tpot_ms", "score", "verdict")
 # A counter track of the trace: its name -> the fields that it shows.
 _COUNTERS = {
     "chunk length": ("chunk_length",),
@@ -145,23 +145,19 @@ def _against(measured: float, estimate: float, word: str) -> str:
 
 
 def _arm_lines(record: _C.StepRecord) -> list[str]:
-    """A table of what was compared, fastest first, and in words what decided."""
+    """A table of what was compared, and in words what decided: the score, the commits of a step
+    less what the time costs that its decode rows add."""
     arms = record.arms
     if not arms:
         return ["  arms      none compared: the chunk length was given"]
-    chosen = next((arm for arm in arms if arm.verdict == "chosen"), None)
-    reference = _rate(chosen) if chosen is not None else 0.0
-    header = "chunk  KV       commits   rows        ms  commits/s  tpot ms  gap     verdict"
-    lines = ["  " + header]
-    for arm in sorted(arms, key=_rate, reverse=True):
-        gap = f"{100 * (_rate(arm) / reference - 1):+.1f}%" if reference > 0 else "-"
+    lines = ["  chunk KV      commits   rows       ms commits/s  tpot ms   score  verdict"]
+    for arm in sorted(arms, key=lambda arm: arm.score, reverse=True):
         lines.append(
-            f"  {arm.chunk_length:5d}  {_kv(arm):7}  {arm.commits:7.2f} {arm.rows:6.1f} "
-            f"{arm.ms:9.3f} {_rate(arm):10.1f} {arm.tpot_ms:8.3f}  {gap:6}  {arm.verdict}"
+            f"  {arm.chunk_length:5d} {_kv(arm):7} {arm.commits:7.2f} {arm.rows:6.1f} "
+            f"{arm.ms:8.3f} {_rate(arm):9.1f} {arm.tpot_ms:8.3f} {arm.score:7.2f}  {arm.verdict}"
         )
-    if chosen is not None and reference > 0:
-        lines += _verdict_lines(record, chosen)
-    return lines
+    chosen = next((arm for arm in arms if arm.verdict == "chosen"), None)
+    return lines if chosen is None else lines + _verdict_lines(record, chosen)
 
 
 def _verdict_lines(record: _C.StepRecord, chosen: _C.ArmEstimate) -> list[str]:
@@ -170,11 +166,10 @@ def _verdict_lines(record: _C.StepRecord, chosen: _C.ArmEstimate) -> list[str]:
     estimate = (chosen.commits, chosen.rows, chosen.ms)
     others = [arm for arm in record.arms if (arm.commits, arm.rows, arm.ms) != estimate]
     if others:
-        second = max(others, key=_rate)
-        gap = 100 * (_rate(chosen) / _rate(second) - 1) if _rate(second) > 0 else 0.0
+        second = max(others, key=lambda arm: arm.score)
         lines.append(
             f"  chunk {chosen.chunk_length} {_kv(chosen)} against the best other estimate, "
-            f"{second.chunk_length} {_kv(second)}: {gap:+.1f}%"
+            f"{second.chunk_length} {_kv(second)}: {chosen.score - second.score:+.2f} commits"
         )
     if record.chunk_length > chosen.chunk_length:
         lines.append(
