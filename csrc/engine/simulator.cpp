@@ -148,6 +148,7 @@ bool Simulator::step() {
   now_s_ += (ms + config_.host_ms) * 1e-3;
   StepLoad needed = load;
   needed.rows = std::max(1, needed_rows(plan));
+  needed_rows_ += needed.rows;
   const double share = config_.latency.ms(needed) / config_.latency.ms(load);
   spared_s_ += std::max(0.0, 1 - share) * ms * 1e-3;  // more rows may take less time
   const StepOutput output = core_.update(result, ms, now_s_);

@@ -47,6 +47,8 @@ class Simulator {
   // What the same steps would have taken with only the rows that turned out to be needed: the bound
   // of an oracle that commits what this run commits. At most now_s().
   double oracle_s() const { return now_s_ - spared_s_; }
+  // Rows of that: prompts included.
+  int64_t needed_rows() const { return needed_rows_; }
   const EngineCore& core() const { return core_; }
   EngineCore& core() { return core_; }
   // Requests that finished since the last call, in the order in which they did.
@@ -75,6 +77,7 @@ class Simulator {
   std::mt19937_64 random_;
   double now_s_ = 0, spared_s_ = 0, last_arrival_s_ = 0;
   uint64_t num_added_ = 0;
+  int64_t needed_rows_ = 0;
 };
 
 }  // namespace optimus

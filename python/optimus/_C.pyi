@@ -389,6 +389,8 @@ class Simulator:
     @property
     def now_s(self) -> float: ...
     @property
+    def needed_rows(self) -> int: ...
+    @property
     def oracle_s(self) -> float:
         """What the same steps would have taken with only the rows that turned out to be needed."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from .tracker import LiveRequest, RequestTracker
 from .weights import load_weights
 
 Params = SamplingParams | Sequence[SamplingParams] | None
+
+_log = logging.getLogger("optimus")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class LLM:
     seed: of requests without a seed of their own.
     latency_profile: a LatencyProfile, or [(rows, milliseconds), ...]. Default: the one kept on disk
         for this device, model and shape of engine, or measured at construction, for the elastic
-        modes and for the policy "auto".
+        modes and for the policy "auto". "none": the elastic modes decode the trained block.
 
     Raises ValueError for anything that does not fit, with the values in its text.
     """
@@ -119,7 +122,7 @@ class LLM:
         num_threads: int | None = None,
         step_log_size: int = 4096,
         seed: int = 0,
-        latency_profile: Profile | None = None,
+        latency_profile: Profile | Literal["none"] | None = None,
         calibration: str | Path | None = "auto",
     ) -> None:
         options = EngineOptions(
@@ -148,6 +151,7 @@ class LLM:
             load_grown_weights(self._model, parent, self.checkpoint, self.dtype)
         else:
             load_weights(self._model, self.checkpoint.path)
+        self._measures_profile = latency_profile != "none"
         self._start_engine(options, native, to_profile(latency_profile))
 
     def with_options(self, **changes: Any) -> LLM:
@@ -194,6 +198,12 @@ class LLM:
         self.latency_profile = profile
         if profile is not None:
             self.engine.set_profile(profile)
+        elif options.uses_latency_profile() and not self._measures_profile:
+            _log.warning(
+                "no latency profile: decode_mode %s has no measure of rows against time "
+                "and decodes the trained block",
+                options.decode_mode,
+            )
         elif options.uses_latency_profile():
             self.latency_profile = measured_profile(
                 self.engine, self.checkpoint, device=self.device, dtype=self.dtype

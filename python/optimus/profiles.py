@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .cache import cache_dir, file_hash, model_hash, write_atomically
 from .config import Checkpoint
@@ -122,10 +122,12 @@ def profile_from_dict(values: dict[str, Any]) -> _C.LatencyProfile:
     return profile
 
 
-def to_profile(profile: Profile | None) -> _C.LatencyProfile | None:
+def to_profile(profile: Profile | Literal["none"] | None) -> _C.LatencyProfile | None:
     """A LatencyProfile of a table of decode steps. Raises ValueError for one that does not fit."""
     if profile is None or isinstance(profile, _C.LatencyProfile):
         return profile
+    if profile == "none":
+        return None
     native = _C.LatencyProfile()
     try:
         native.decode = [(rows, float(ms)) for rows, ms in profile]

@@ -51,7 +51,8 @@ class Workload:
 class SimulatedRow:
     """One arm at one load. Tokens and seconds over the whole run, warm-up and tail included.
 
-    oracle_seconds: of the same steps with only the rows that turned out to be needed.
+    oracle_seconds, oracle_rows_per_step, oracle_rows_per_token: of the same steps with only the
+    rows that turned out to be needed.
     wall_s: seconds the simulation itself took. chunk_histogram: masks evaluated by a request in a
     step -> steps.
     """
@@ -68,6 +69,8 @@ class SimulatedRow:
     tokens_per_forward: float
     rows_per_token: float
     oracle_seconds: float
+    oracle_rows_per_step: float
+    oracle_rows_per_token: float
     wall_s: float
     chunk_histogram: dict[int, int] = field(default_factory=dict)
 
@@ -168,6 +171,8 @@ def oracle_row(rows: Sequence[SimulatedRow]) -> SimulatedRow:
         seconds=best.oracle_seconds,
         tokens_per_second=best.num_tokens / best.oracle_seconds,
         ms_per_step=best.oracle_seconds * 1e3 / max(1, best.num_steps),
+        rows_per_step=best.oracle_rows_per_step,
+        rows_per_token=best.oracle_rows_per_token,
     )
 
 
@@ -218,6 +223,8 @@ def _row(
         tokens_per_forward=num_tokens / max(1, sum(r.metrics.nfe for r in finished)),
         rows_per_token=decode_rows / max(1, num_tokens),
         oracle_seconds=loop.oracle_s,
+        oracle_rows_per_step=loop.needed_rows / max(1, num_steps),
+        oracle_rows_per_token=(loop.needed_rows - prefill_rows) / max(1, num_tokens),
         wall_s=wall_s,
         chunk_histogram=dict(sorted(histogram.items())),
     )

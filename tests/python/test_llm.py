@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import signal
 import traceback
 from pathlib import Path
@@ -326,6 +327,22 @@ def test_interrupts_at_any_time_lose_nothing_of_other_requests(llm: LLM) -> None
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert num_in_steps > 0
+
+
+def test_without_a_profile_the_trained_block_is_decoded(
+    checkpoint: Path, llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        blind = LLM(checkpoint, latency_profile="none", quality_floor=None)
+        output = blind.generate("hello", SHORT)[0]
+    assert sum("no latency profile" in r.getMessage() for r in caplog.records) == 1
+    assert blind.latency_profile is None
+    block = llm.engine.config.block_length
+    whole = llm.with_options(decode_mode="chunk", chunk_length=block, kv_policy="refresh")
+    assert output.outputs[0].token_ids == whole.generate("hello", SHORT)[0].outputs[0].token_ids
+    assert max(output.metrics.chunk_histogram) == block
+    # Its likes are not measured behind one's back either.
+    assert blind.with_options(max_num_seqs=2).latency_profile is None
 
 
 def test_with_options_shares_weights(llm: LLM) -> None:
