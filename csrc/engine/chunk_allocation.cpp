@@ -17,7 +17,8 @@
 namespace optimus {
 namespace {
 
-constexpr double kTrust = 16.0;  // commits the estimate of the price of time is worth
+constexpr double kTrust = 16.0;     // commits the estimate of the price of time is worth
+constexpr double kMostShare = 0.9;  // of what a commit is worth, that its fresh row may cost
 
 // A step commits every mask that its rule accepts, and the most confident one when it accepts none:
 // 1 * P(none) + the sum of the probabilities, if masks are independent. So `rows` more masks of
@@ -146,7 +147,10 @@ ChunkPolicy::Stop ChunkPolicy::best_stop(int arm, const Levels& levels, double l
                                          const StepLoad& other, const LatencyModel& latency) const {
   const bool is_padded = latency.profile().is_padded;
   const double per_commit = 1 + levels.refresh_rows / levels.num_requests;  // rows it brings
-  const double commit_ms = is_padded ? per_commit * row_ms(arms_[arm], other, latency) : 0;
+  double commit_ms = 0;
+  if (is_padded) {
+    commit_ms = std::min(per_commit * row_ms(arms_[arm], other, latency), kMostShare / lambda);
+  }
   const double fixed_rows = is_padded ? levels.fresh_rows : 0;
   const double rows_per_commit = is_padded ? 0 : per_commit;
   double rows = levels.rows_taken, commits = levels.commits_taken;

@@ -313,7 +313,8 @@ class LLM:
         return self._stream(request, mode)
 
     def _stream(self, request: _Request, mode: str) -> Iterator[Event]:
-        live = self._add(request, follow=True)
+        with self._tracker.in_use():
+            live = self._add(request, follow=True)
         if mode == "block":
             events = queue_block_events(live)
         else:
@@ -341,7 +342,8 @@ class LLM:
         live: list[LiveRequest] = []
         num_left = len(requests)
         newest_before = self._tracker.newest_id
-        with progress_bar(len(requests), enabled=use_tqdm) as advance:
+        progress = progress_bar(len(requests), enabled=use_tqdm)
+        with self._tracker.in_use(), progress as advance:
 
             def on_finish(output: RequestOutput) -> None:
                 nonlocal num_left

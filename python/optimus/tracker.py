@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .detokenizer import TextBuilder
@@ -99,6 +101,7 @@ class RequestTracker:
         self._num_applied = 0  # of its updates
         self._unclaimed: list[int] = []  # ids that the engine gave out and add() has not kept yet
         self.newest_id = 0
+        self._user: int | None = None  # thread that is inside
 
     def add(
         self,
@@ -137,6 +140,10 @@ class RequestTracker:
         request has its part, and the next call goes on where this one was stopped. (extend and map
         store the result before any byte code, and so any signal handler, can run.)
         """
+        with self.in_use():
+            self._step()
+
+    def _step(self) -> None:
         if not self._results:
             self._num_applied = 0
             self._results.extend(map(type(self.engine).step, (self.engine,)))
@@ -160,6 +167,22 @@ class RequestTracker:
             )
         if self.on_step is not None:
             self.on_step(result.record)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The engine runs its steps without the interpreter's lock: no other thread may come near.
+        Raises RuntimeError if one is there."""
+        me, outer = threading.get_ident(), self._user
+        if outer not in (None, me):
+            raise RuntimeError(
+                "[llm] another thread is using this LLM: give each thread its own (with_options "
+                "shares the weights)"
+            )
+        self._user = me
+        try:
+            yield
+        finally:
+            self._user = outer
 
     def abort(self, live: LiveRequest) -> None:
         """Ends a request that has not finished yet, and frees what it holds."""

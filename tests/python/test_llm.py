@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import signal
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,34 @@ def test_without_a_profile_the_trained_block_is_decoded(
     assert max(output.metrics.chunk_histogram) == block
     # Its likes are not measured behind one's back either.
     assert blind.with_options(max_num_seqs=2).latency_profile is None
+
+
+def test_a_second_thread_is_refused(llm: LLM) -> None:
+    """Two threads in one engine would crash the process; the first one must not notice."""
+    expected = texts(llm.generate(PROMPTS * 10, SHORT))
+    other = llm.with_options()
+    errors: list[str] = []
+    begun, done = threading.Event(), threading.Event()
+
+    def intrude() -> None:
+        begun.wait()
+        while not done.is_set():
+            try:
+                other.generate("intruder", SHORT)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    thread = threading.Thread(target=intrude)
+    thread.start()
+    other.on_step = lambda record: begun.set()
+    try:
+        assert texts(other.generate(PROMPTS * 10, SHORT)) == expected
+    finally:
+        done.set()
+        begun.set()
+        thread.join()
+    assert errors and "another thread is using this LLM" in errors[0]
+    assert_idle(other)
 
 
 def test_with_options_shares_weights(llm: LLM) -> None:

@@ -100,17 +100,28 @@ double price_of_time(const ChunkPolicy& policy) {
   return price;
 }
 
-// What a row more takes, around the rows of the arm that was chosen.
-double commit_ms_of(const ChunkPolicy& policy, const LatencyModel& latency) {
+// What a row more takes, around the rows of the arm that was chosen; never nearly what it is worth.
+double commit_ms_of(const ChunkPolicy& policy, const LatencyModel& latency, double lambda) {
   if (!latency.profile().is_padded) return 0;
   for (const ArmEstimate& arm : policy.arms()) {
     if (arm.verdict != ChunkPolicy::kChosen) continue;
     const auto ms = [&](double share) {
       return latency.predict_about({static_cast<int>(std::lround(share * arm.rows)), 0, 0});
     };
-    return std::max(0.0, (ms(1.25) - ms(0.75)) / (0.5 * arm.rows));
+    return std::clamp((ms(1.25) - ms(0.75)) / (0.5 * arm.rows), 0.0, 0.9 / lambda);
   }
   return 0;
+}
+
+// ms a row, at most.
+double steepest(const LatencyModel& latency) {
+  const std::vector<LatencyProfile::Point>& points = latency.profile().decode;
+  double result = 0;
+  for (size_t i = 1; i < points.size(); ++i) {
+    const double rise = std::abs(points[i].ms - points[i - 1].ms);
+    result = std::max(result, rise / (points[i].rows - points[i - 1].rows));
+  }
+  return result;
 }
 
 int sum(const std::vector<int>& values) { return std::accumulate(values.begin(), values.end(), 0); }
@@ -156,7 +167,8 @@ TEST(ChunkAllocation, ReachesTheOptimumOfSmallCases) {
                       shortest == 1 ? std::vector<int>{1, 2, 3, 4} : std::vector<int>{2, 4});
     ChunkPolicy policy(config);
     const auto decision = policy.choose(loads, {}, latency, trained.commits);
-    const double lambda = price_of_time(policy), commit_ms = commit_ms_of(policy, latency);
+    const double lambda = price_of_time(policy);
+    const double commit_ms = commit_ms_of(policy, latency, lambda);
     const std::vector<int> lengths = policy.chunk_lengths();
     const double reached =
         outcome_of(lengths, loads, trained.commits, latency).value(lambda, commit_ms);
@@ -183,7 +195,7 @@ TEST(ChunkAllocation, IsWithinOneLevelOfTheGreedyOptimumForLargeBatches) {
   for (unsigned seed = 1; seed <= 60; ++seed) {
     Rng rng(seed);
     Trained trained(rng);
-    const LatencyModel latency = random_curve(rng);
+    const LatencyModel latency = random_curve(rng, 24);
     std::vector<RequestLoad> loads = random_loads(rng, trained, random_int(rng, 20, 80));
     std::vector<MaskHistory> falling = trained.histories;  // sorted: gains fall with the rank
     for (MaskHistory& history : falling) {
@@ -196,7 +208,8 @@ TEST(ChunkAllocation, IsWithinOneLevelOfTheGreedyOptimumForLargeBatches) {
     }
     ChunkPolicy policy(policy_config(ChunkPolicyKind::elastic_per_request, {1, 2, 4, 8}));
     policy.choose(loads, {}, latency, trained.commits);
-    const double lambda = price_of_time(policy), commit_ms = commit_ms_of(policy, latency);
+    const double lambda = price_of_time(policy);
+    const double commit_ms = commit_ms_of(policy, latency, lambda);
     const double reached = outcome_of(policy.chunk_lengths(), loads, trained.commits, latency)
                                .value(lambda, commit_ms);
 
@@ -221,8 +234,9 @@ TEST(ChunkAllocation, IsWithinOneLevelOfTheGreedyOptimumForLargeBatches) {
       at = outcome_of(lengths, loads, trained.commits, latency).value(lambda, commit_ms);
       best = std::max(best, at);
     }
-    // Three hundredths of a commit per row, or two masks worth.
-    EXPECT_GE(reached, best - std::max(2 * kWorst, 0.03 * sum(lengths))) << "seed " << seed;
+    // Two hundredths of a commit per row, or two masks worth; and two rows where rows cost most.
+    const double slack = std::max(2 * kWorst, 0.02 * sum(lengths)) + 2 * lambda * steepest(latency);
+    EXPECT_GE(reached, best - slack) << "seed " << seed;
   }
 }
 
