@@ -186,14 +186,19 @@ class RequestTracker:
 
     def abort(self, live: LiveRequest) -> None:
         """Ends a request that has not finished yet, and frees what it holds."""
-        if live.output is None and live.id in self._live:
+        if live.output is not None or live.id not in self._live:
+            return
+        try:
             self.engine.abort(live.id)
             self._finish(live, None)
+        except ValueError:  # an interrupt came when _finish() had released it, and nothing more
+            self._live.pop(live.id, None)
+            self._followed.pop(live.id, None)
 
     def abort_newer(self, request_id: int) -> None:
         """Ends all requests that were added after `request_id`, and one whose add() was cut off."""
         for unclaimed in self._unclaimed:
-            if unclaimed not in self._live:
+            if unclaimed not in self._live and unclaimed > request_id:
                 self.engine.abort(unclaimed)
                 self.engine.release(unclaimed)
         self._unclaimed.clear()
