@@ -7,11 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=${1:?"usage: bench/gpu.sh FOLDER [tests] [sanitize] [bench]"}
+folder=${1:?"usage: bench/gpu.sh FOLDER [tests] [sanitize] [bench]"}
 shift
 parts=${*:-tests sanitize bench}
 build=${BUILD_DIR:-build}
-mkdir -p "$out"
+mkdir -p "$folder"
 
 if [[ ! -x $build/optimus_cuda_tests || ! -d $build/bench-cuda ]]; then
   cmake -S . -B "$build" -DOPTIMUS_CUDA=1
@@ -33,7 +33,7 @@ status=0
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 
 if [[ " $parts " == *" tests "* ]]; then
-  "$build/optimus_cuda_tests" --gtest_brief=1 2>&1 | tee "$out/tests.log" || status=1
+  "$build/optimus_cuda_tests" --gtest_brief=1 2>&1 | tee "$folder/tests.log" || status=1
 fi
 
 if [[ " $parts " == *" sanitize "* ]]; then
@@ -42,8 +42,8 @@ if [[ " $parts " == *" sanitize "* ]]; then
   for tool in memcheck racecheck initcheck; do
     echo "compute-sanitizer $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/optimus_cuda_tests" \
-      --gtest_brief=1 --gtest_filter="$filter" >"$out/$tool.log" 2>&1 || status=1
-    tail -n 4 "$out/$tool.log"
+      --gtest_brief=1 --gtest_filter="$filter" >"$folder/$tool.log" 2>&1 || status=1
+    tail -n 4 "$folder/$tool.log"
   done
 fi
 
@@ -51,7 +51,7 @@ if [[ " $parts " == *" bench "* ]]; then
   for program in "$build"/bench-cuda/*; do
     if [[ ! -x $program || -d $program ]]; then continue; fi
     name=$(basename "$program")
-    "$program" --json "$out/$name.json" 2>&1 | tee "$out/$name.log" || status=1
+    "$program" --json "$folder/$name.json" 2>&1 | tee "$folder/$name.log" || status=1
   done
 fi
 exit $status

@@ -48,8 +48,7 @@ void bind_simulator(py::module_& m) {
       .def("take_finished", &Simulator::take_finished)
       .def_property_readonly("now_s", &Simulator::now_s)
       .def_property_readonly("oracle_s", &Simulator::oracle_s)
-      .def_property_readonly("needed_rows",
-                             [](const Simulator& simulator) { return simulator.needed_rows(); })
+      .def_property_readonly("needed_rows", &Simulator::needed_rows)
       .def_property_readonly("num_unfinished",
                              [](Simulator& self) { return self.core().num_unfinished(); })
       .def("step_records", [](Simulator& self) { return self.core().log().records(); })

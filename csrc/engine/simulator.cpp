@@ -99,7 +99,7 @@ void Simulator::fill_confidences(const StepPlan& plan) {
 
 // Rows without which the same tokens could not have been committed: prompts, new tokens fed once more,
 // and masks that did commit; nothing behind a request's last token.
-int Simulator::needed_rows(const StepPlan& plan) const {
+int Simulator::count_needed(const StepPlan& plan) const {
   const StepRows& rows = buffers_.rows();
   int needed = 0, logit_row = 0;
   for (size_t s = 0; s < plan.seqs.size(); ++s) {
@@ -147,7 +147,7 @@ bool Simulator::step() {
   const double ms = step_ms(load);
   now_s_ += (ms + config_.host_ms) * 1e-3;
   StepLoad needed = load;
-  needed.rows = std::max(1, needed_rows(plan));
+  needed.rows = std::max(1, count_needed(plan));
   needed_rows_ += needed.rows;
   const double share = config_.latency.ms(needed) / config_.latency.ms(load);
   spared_s_ += std::max(0.0, 1 - share) * ms * 1e-3;  // more rows may take less time

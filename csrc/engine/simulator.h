@@ -63,7 +63,7 @@ class Simulator {
   };
   void admit_arrivals();
   void fill_confidences(const StepPlan& plan);
-  int needed_rows(const StepPlan& plan) const;
+  int count_needed(const StepPlan& plan) const;
   double step_ms(const StepLoad& load);
 
   SimulatorConfig config_;

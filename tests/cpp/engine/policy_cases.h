@@ -43,11 +43,11 @@ inline LatencyModel h200(bool is_padded = false) {
 }
 
 // Any curve: flat pieces, dips, steps.
-inline LatencyModel random_curve(Rng& rng, int least_gap = 1) {
+inline LatencyModel random_curve(Rng& rng) {
   std::vector<LatencyProfile::Point> points;
   const double slope = 0.02 * random_int(rng, 0, 1);
   for (int rows = 0; points.size() < 12;) {
-    rows += random_int(rng, least_gap, 120);
+    rows += random_int(rng, 1, 120);
     points.push_back({rows, 0.5 + 0.1 * random_int(rng, 0, 99) + slope * rows});
   }
   return latency_of(points, random_int(rng, 0, 1) == 1);

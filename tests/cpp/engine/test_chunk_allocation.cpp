@@ -113,17 +113,6 @@ double commit_ms_of(const ChunkPolicy& policy, const LatencyModel& latency, doub
   return 0;
 }
 
-// ms a row, at most.
-double steepest(const LatencyModel& latency) {
-  const std::vector<LatencyProfile::Point>& points = latency.profile().decode;
-  double result = 0;
-  for (size_t i = 1; i < points.size(); ++i) {
-    const double rise = std::abs(points[i].ms - points[i - 1].ms);
-    result = std::max(result, rise / (points[i].rows - points[i - 1].rows));
-  }
-  return result;
-}
-
 int sum(const std::vector<int>& values) { return std::accumulate(values.begin(), values.end(), 0); }
 
 // Calls body(lengths) for every allocation.
@@ -195,7 +184,7 @@ TEST(ChunkAllocation, IsWithinOneLevelOfTheGreedyOptimumForLargeBatches) {
   for (unsigned seed = 1; seed <= 60; ++seed) {
     Rng rng(seed);
     Trained trained(rng);
-    const LatencyModel latency = random_curve(rng, 24);
+    const LatencyModel latency = random_curve(rng);
     std::vector<RequestLoad> loads = random_loads(rng, trained, random_int(rng, 20, 80));
     std::vector<MaskHistory> falling = trained.histories;  // sorted: gains fall with the rank
     for (MaskHistory& history : falling) {
@@ -234,9 +223,8 @@ TEST(ChunkAllocation, IsWithinOneLevelOfTheGreedyOptimumForLargeBatches) {
       at = outcome_of(lengths, loads, trained.commits, latency).value(lambda, commit_ms);
       best = std::max(best, at);
     }
-    // Two hundredths of a commit per row, or two masks worth; and two rows where rows cost most.
-    const double slack = std::max(2 * kWorst, 0.02 * sum(lengths)) + 2 * lambda * steepest(latency);
-    EXPECT_GE(reached, best - slack) << "seed " << seed;
+    // Two hundredths of a commit per row, or two masks worth.
+    EXPECT_GE(reached, best - std::max(2 * kWorst, 0.02 * sum(lengths))) << "seed " << seed;
   }
 }
 
@@ -315,7 +303,7 @@ TEST(ChunkAllocation, UsesUpAPaddedStep) {
   for (unsigned seed = 1; seed <= 50; ++seed) {
     Rng rng(seed);
     const Trained trained(rng);
-    const LatencyModel latency = latency_of({{256, 5.0}, {512, 10.0}}, /*is_padded=*/true);
+    const LatencyModel latency = latency_of({{256, 5.0}, {4096, 1000.0}}, /*is_padded=*/true);
     std::vector<RequestLoad> loads = random_loads(rng, trained, 40);
     int64_t most = 0;
     for (RequestLoad& load : loads) {
@@ -323,7 +311,8 @@ TEST(ChunkAllocation, UsesUpAPaddedStep) {
       most += load.num_masked;
     }
     ChunkPolicy policy(policy_config(ChunkPolicyKind::elastic_per_request));
-    policy.choose(loads, {}, latency, trained.commits);
+    const auto decision = policy.choose(loads, {}, latency, trained.commits);
+    EXPECT_DOUBLE_EQ(decision.predicted_ms, 5.0) << "seed " << seed;
     int rows = sum(policy.chunk_lengths());
     for (const RequestLoad& load : loads) rows += load.num_fresh;
     EXPECT_LE(rows, 256) << "seed " << seed;
