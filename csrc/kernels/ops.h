@@ -123,6 +123,9 @@ struct BlockAttentionParams {
   void* workspace = nullptr;   // 256-byte aligned
   size_t workspace_bytes = 0;  // at least block_attention_workspace_bytes
   int max_rows = 0;            // bound on cu_seqlens_q[num_seqs], which only the device knows
+  // For how long a CTA that has done its share waits for others that had parts of the same rows,
+  // before it leaves the merge to the last of them.
+  int64_t merge_wait_cycles = 100000;
 };
 // On CUDA: bf16, head_dim 64 or 128, page_size 16, 32, 64 or 128, at most 16 q heads per KV head,
 // scale > 0. The lengths are read on the device alone, so a captured graph serves any lengths within

@@ -1,7 +1,6 @@
 // Host side of block attention: argument checks, the workspace's layout, tensor maps, launches.
 #include <algorithm>
 
-#include "kernels/cuda/block_attention_combine.cuh"
 #include "kernels/cuda/block_attention_kernel.cuh"
 #include "kernels/cuda/block_attention_schedule.cuh"
 #include "kernels/cuda/kernels.h"
@@ -63,9 +62,9 @@ Workspace layout_workspace(const BlockAttentionParams& params) {
     return at;
   };
   size_t partial_rows = size_t{2} * ws.num_shares * ws.partial_rows;
-  ws.header = reinterpret_cast<Header*>(take(sizeof(Header)));
   ws.shares = reinterpret_cast<Share*>(take(sizeof(Share) * ws.num_shares));
-  ws.merges = reinterpret_cast<Merge*>(take(sizeof(Merge) * ws.num_shares));
+  ws.arrivals = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t) * ws.num_shares));
+  ws.left_rows = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t) * 2 * ws.num_shares));
   ws.items = reinterpret_cast<Item*>(take(sizeof(Item) * ws.max_items));
   ws.cost_offsets = reinterpret_cast<int*>(take(sizeof(int) * ws.max_items));
   ws.partial_ml = reinterpret_cast<float2*>(take(sizeof(float2) * partial_rows));
@@ -123,6 +122,7 @@ void launch_attention(const BlockAttentionParams& params, const Workspace& ws,
                         params.page_table_stride,
                         num_slots,
                         params.scale * 1.44269504f,
+                        params.merge_wait_cycles,
                         ws};
   launch(kernel, {dim3(ws.num_shares), dim3(kThreads), 1, static_cast<size_t>(shared_bytes)},
          stream, args, k_map, v_map);
@@ -151,7 +151,6 @@ void block_attention(const BlockAttentionParams& params, cudaStream_t stream) {
   } else {
     attention::launch_attention<64>(params, ws, stream);
   }
-  attention::launch_combine(params, ws, stream);
 }
 
 }  // namespace optimus::cuda

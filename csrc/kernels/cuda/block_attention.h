@@ -1,9 +1,9 @@
-// The workspace the three kernels of block attention share, and the words they use.
+// The workspace the two kernels of block attention share, and the words they use.
 //
 //   block_attention_schedule   reads cu_seqlens_q and kv_limits on the device and cuts the step's work
 //                              into equal shares, one per CTA. Once per step, for all layers.
-//   block_attention            walks the shares (attention kernel), then merges what was cut across
-//                              shares (combine kernel).
+//   block_attention            walks the shares; what was cut across shares is merged at the end by the
+//                              CTAs that had a part of it.
 //
 // The unit of work is a *tile*: kTileKeys keys of one KV head against one *item*, and an item is up
 // to kMaxPackedRows packed rows (row x GQA group) of one sequence. Tiles lie on a line of costs, item
@@ -38,33 +38,25 @@ struct Position {
   int item_idx, head, tile;
 };
 
+// One (item, head) cut across the shares [first_share, first_share + num_parts).
+struct Merge {
+  int first_share, num_parts;
+};
+
 // The tiles from `begin` to before `end`.
 struct Share {
   Item item;  // a copy of items[begin.item_idx], to start without another dependent load
   Position begin, end;
-  int pad[2];
-};
-
-// One (item, head) cut across the shares [first_share, first_share + num_parts).
-struct Merge {
-  int first_share, num_parts;
-  int head, row_begin, packed_begin, packed_count;  // of the item
-  int pad[2];
-};
-
-struct Header {
-  int num_merges;
-  int merge_rows;  // the largest packed_count of any item
-  int pad[2];
+  Merge earlier, later;  // of the piece that began in an earlier share, of one that ends in a later
 };
 
 // Pointers into the caller's workspace.
 struct Workspace {
-  Header* header;
-  Share* shares;      // [num_shares]
-  Merge* merges;      // [num_shares]
-  Item* items;        // [max_items]
-  int* cost_offsets;  // [max_items] where on the line the item begins
+  Share* shares;        // [num_shares]
+  uint32_t* arrivals;   // [num_shares] by first share of a merge: parts written since the schedule
+  uint32_t* left_rows;  // [num_shares * 2] by partial slot: not 0 while its rows wait to be merged
+  Item* items;          // [max_items]
+  int* cost_offsets;    // [max_items] where on the line the item begins
   float2*
       partial_ml;  // [num_shares * 2, partial_rows] running max (of scores * scale * log2 e), sum
   float* partial_out;  // [num_shares * 2, partial_rows, head_dim] unnormalised sums

@@ -30,8 +30,11 @@ struct Consumer {
     Piece piece(args, share);
     if (!piece.valid()) return;
     Queries queries = fetch(piece);
+    CutPieces& pieces = output.cut_pieces();
     do {
       int packed = piece.item.packed_count;
+      const bool whole = piece.whole(), begun_here = piece.at.tile == 0;
+      if (!whole && threadIdx.x == 0) pieces.note(args, piece);
       if (packed <= 16) {
         run_piece<1, 16>(piece, queries, at, turn);
       } else if (packed <= 32) {
@@ -41,6 +44,7 @@ struct Consumer {
       } else {
         run_tall_piece<8>(piece, queries, at, turn);
       }
+      if (!whole) arrive(args, pieces.cut[begun_here]);
     } while (piece.valid());
   }
 
@@ -262,7 +266,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::raise_registers<240>();
     const Share share = args.ws.shares[blockIdx.x];
-    Consumer<kHeadDim>{args, ring, {sums, max_sum, warp}, warp, lane}.run(share);
+    const Output<kHeadDim> output = {sums, max_sum, warp};
+    if (threadIdx.x == 0) output.cut_pieces() = {{{share.earlier}, {share.later}}};
+    Consumer<kHeadDim>{args, ring, output, warp, lane}.run(share);
+    merge_cut_pieces<kHeadDim>(args, output.cut_pieces());
   }
 }
 

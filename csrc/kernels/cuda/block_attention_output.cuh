@@ -2,6 +2,7 @@
 // rows: normalised to the output when the piece is whole, else as they are to its partial slot.
 #pragma once
 
+#include "kernels/cuda/block_attention_merge.cuh"
 #include "kernels/cuda/block_attention_warp.cuh"
 
 namespace optimus::cuda::attention {
@@ -10,13 +11,12 @@ namespace optimus::cuda::attention {
 struct PieceOutput {
   bool whole;
   int packed_count;
-  size_t partial_row;  // first row of its partial slot
+  size_t first_row;  // of its partial slot
 
   __device__ PieceOutput(const AttentionArgs& args, const Piece& piece)
       : whole(piece.whole()),
         packed_count(piece.item.packed_count),
-        partial_row(static_cast<size_t>(blockIdx.x * 2 + (piece.at.tile == 0 ? 1 : 0)) *
-                    args.ws.partial_rows) {}
+        first_row(partial_row(args, blockIdx.x, piece.at.tile == 0)) {}
 };
 
 template <int kHeadDim>
@@ -24,6 +24,12 @@ struct Output {
   float* sums;      // [warp][16][head_dim], 8-float group g of row r at g ^ (r % 8)
   float2* max_sum;  // [warp][16]
   int warp;
+
+  __device__ CutPieces& cut_pieces() const {
+    using Layout = SharedLayout<kHeadDim>;
+    return *reinterpret_cast<CutPieces*>(reinterpret_cast<char*>(sums) + Layout::kSums +
+                                         Layout::kMaxSum + Layout::kBarriers);
+  }
 
   // The warp's part of `sums` also stages Q (first half) and finished rows (second half).
   __device__ uint32_t staging() const { return ptx::shared_address(sums + warp * 16 * kHeadDim); }
@@ -89,7 +95,7 @@ struct Output {
     for (int half = 0; half < 2; ++half) {
       int packed = first_packed + lane / 4 + half * 8;
       if (packed >= piece.packed_count) continue;
-      size_t row = piece.partial_row + packed;
+      size_t row = piece.first_row + packed;
       if (lane % 4 == 0) {
         args.ws.partial_ml[row] = {state.max[half] * args.scale_log2, state.sum[half]};
       }
@@ -142,7 +148,7 @@ struct Output {
             ptx::pack_bf16(total.x * factor, total.y * factor),
             ptx::pack_bf16(total.z * factor, total.w * factor)};
       } else {
-        size_t to = piece.partial_row + packed;
+        size_t to = piece.first_row + packed;
         if (column == 0) args.ws.partial_ml[to] = ms;
         *reinterpret_cast<float4*>(args.ws.partial_out + to * kHeadDim + column) = total;
       }

@@ -27,7 +27,6 @@ struct Scratch {
   int packed_rows[kThreads];
   int cost_offsets[kCachedItems];
   Item items[kCachedItems];
-  int num_merges, merge_rows;
   int least_cost, largest_cost;  // of a head
 };
 
@@ -113,7 +112,6 @@ __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_i
         item = make_item(args, scratch, seq_in_chunk, first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
         cost = head_cost(item) * args.num_kv_heads;
-        atomicMax(&scratch.merge_rows, item.packed_count);
         atomicMin(&scratch.least_cost, head_cost(item));
         atomicMax(&scratch.largest_cost, head_cost(item));
       }
@@ -169,8 +167,15 @@ __device__ Position locate(const Line& line, int num_kv_heads, int place, Item& 
   return at;
 }
 
-__device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const Line& line, Cut cut,
-                            int c) {
+// The shares that have a part of the (item, head) at `at`.
+__device__ Merge merge_of(const Line& line, Cut cut, const Item& item, Position at) {
+  int head_begin = line.offsets[at.item_idx] + at.head * head_cost(item);
+  int first = cut.owner(head_begin);
+  int last = cut.owner(head_begin + tile_cost(item) * (item.num_tiles - 1));
+  return {first, last - first + 1};
+}
+
+__device__ void write_share(const ScheduleArgs& args, const Line& line, Cut cut, int c) {
   int begin = cut.begin(c), end = min(cut.begin(c + 1), line.length);
   Share share = {};
   if (end > begin) {
@@ -178,20 +183,8 @@ __device__ void write_share(const ScheduleArgs& args, Scratch& scratch, const Li
     share.begin = locate(line, args.num_kv_heads, begin, share.item);
     share.end = {line.num_items, 0, 0};
     if (end < line.length) share.end = locate(line, args.num_kv_heads, end, last);
-    // Does the (item, head) that `end` cuts begin here?
-    if (share.end.tile > 0) {
-      int head_begin = line.offsets[share.end.item_idx] + share.end.head * head_cost(last);
-      if (head_begin >= begin) {
-        int last_owner = cut.owner(head_begin + tile_cost(last) * (last.num_tiles - 1));
-        args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {c,
-                                                             last_owner - c + 1,
-                                                             share.end.head,
-                                                             last.row_begin,
-                                                             last.packed_begin,
-                                                             last.packed_count,
-                                                             {}};
-      }
-    }
+    if (share.begin.tile > 0) share.earlier = merge_of(line, cut, share.item, share.begin);
+    if (share.end.tile > 0) share.later = merge_of(line, cut, last, share.end);
   }
   args.ws.shares[c] = share;
 }
@@ -219,8 +212,7 @@ __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
   return even;
 }
 
-__device__ void write_even_share(const ScheduleArgs& args, Scratch& scratch, const Line& line,
-                                 Even even, int c) {
+__device__ void write_even_share(const ScheduleArgs& args, const Line& line, Even even, int c) {
   int num_heads = line.num_items * args.num_kv_heads;
   int parts = max(even.parts, 1), heads = max(even.heads, 1);
   int head = c / parts * heads, part = c % parts;
@@ -233,12 +225,8 @@ __device__ void write_even_share(const ScheduleArgs& args, Scratch& scratch, con
     share.end = {next / args.num_kv_heads, next % args.num_kv_heads, 0};
     if (part + 1 < parts) {
       share.end = {share.begin.item_idx, share.begin.head, (part + 1) * tiles / parts};
-      const Item& item = share.item;
-      if (part == 0) {
-        args.ws.merges[atomicAdd(&scratch.num_merges, 1)] = {
-            c, parts, share.begin.head, item.row_begin, item.packed_begin, item.packed_count, {}};
-      }
     }
+    share.earlier = share.later = {c - part, parts};
   }
   args.ws.shares[c] = share;
 }
@@ -247,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   __shared__ Scratch scratch;
   wait_for_previous_kernel();
   if (threadIdx.x == 0) {
-    scratch.num_merges = scratch.merge_rows = scratch.largest_cost = 0;
+    scratch.largest_cost = 0;
     scratch.least_cost = INT_MAX;
   }
   __syncthreads();
@@ -264,14 +252,11 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   Cut cut = {line.length / used, line.length % used};
   for (int c = threadIdx.x; c < args.ws.num_shares; c += kThreads) {
     if (even.used()) {
-      write_even_share(args, scratch, line, even, c);
+      write_even_share(args, line, even, c);
     } else {
-      write_share(args, scratch, line, cut, c);
+      write_share(args, line, cut, c);
     }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    *args.ws.header = {scratch.num_merges, scratch.merge_rows, {0, 0}};
+    args.ws.arrivals[c] = args.ws.left_rows[2 * c] = args.ws.left_rows[2 * c + 1] = 0;
   }
 }
 

@@ -16,6 +16,7 @@ namespace optimus::cuda::attention {
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = (kConsumerWarps + 4) * 32;  // whole warpgroups; one producer warp works
 constexpr int kMaxSlots = 10;
+constexpr int kCutPiecesBytes = 64;
 constexpr int kConsumerBarrier = 1;
 constexpr int kWarpgroupBarrier = 2;  // and 3: one per consumer warpgroup
 
@@ -30,13 +31,15 @@ struct AttentionArgs {
   int page_shift;  // log2 of the page size
   int page_table_stride, num_slots;
   float scale_log2;  // softmax scale * log2 e
+  int64_t merge_wait_cycles;
   Workspace ws;
 };
 
 template <int kHeadDim>
 constexpr int kTileBytes = kTileKeys * kHeadDim * 2;  // of K or of V
 
-// Shared memory: slots (K then V each), the copies' sums, (max, sum) of each copy's rows, barriers.
+// Shared memory: slots (K then V each), the copies' sums, (max, sum) of each copy's rows, barriers, the
+// cut pieces.
 template <int kHeadDim>
 struct SharedLayout {
   static constexpr int kSums = kConsumerWarps * 16 * kHeadDim * 4;
@@ -45,7 +48,8 @@ struct SharedLayout {
   static constexpr int kAlignment = 1024;  // of the swizzle pattern
 
   static int bytes(int num_slots) {
-    return kAlignment + num_slots * 2 * kTileBytes<kHeadDim> + kSums + kMaxSum + kBarriers;
+    return kAlignment + num_slots * 2 * kTileBytes<kHeadDim> + kSums + kMaxSum + kBarriers +
+           kCutPiecesBytes;
   }
 };
 
@@ -68,6 +72,13 @@ struct Ring {
   __device__ uint32_t v_full(int slot) const { return barriers + (kMaxSlots + slot) * 8; }
   __device__ uint32_t released(int slot) const { return barriers + (2 * kMaxSlots + slot) * 8; }
 };
+
+// First row of the partial slot of a share's part: the part that goes on into the next share is apart
+// from the one that began earlier.
+__device__ __forceinline__ size_t partial_row(const AttentionArgs& args, int share,
+                                              bool begun_here) {
+  return static_cast<size_t>(share * 2 + (begun_here ? 1 : 0)) * args.ws.partial_rows;
+}
 
 // The pieces of one share, in order.
 struct Piece {

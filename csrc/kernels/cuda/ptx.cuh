@@ -157,6 +157,13 @@ __device__ __forceinline__ void cluster_wait() {
 
 #endif
 
+// What other CTAs wrote before they released `at` is visible after it.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* at) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
 // Ordinary writes to shared memory become visible to the copy engine and to wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
 #if defined(OPTIMUS_SM90)
