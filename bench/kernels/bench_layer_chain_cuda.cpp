@@ -1,6 +1,7 @@
 // The four products of an SDAR-8B layer as a step runs them: with the small kernels between, layer
 // after layer over distinct weights, in one CUDA graph; by what plan_gemm chooses, by the streaming
-// kernel alone and by the library's kernels alone.
+// kernel alone and by the library's kernels alone. What a small kernel costs there, its neighbours'
+// overlap included, is told by the chain without it.
 //
 //   bench_layer_chain_cuda [--json FILE]
 //
@@ -11,6 +12,7 @@
 
 #include "cuda_timing.h"
 #include "kernels/cuda/kernels.h"
+#include "memory_floor.h"
 
 namespace optimus::bench {
 namespace {
@@ -29,6 +31,7 @@ struct Product {
   size_t bytes() const { return size_t(n) * k * kElement; }
 };
 constexpr int kProducts = 4;
+constexpr unsigned kAllKernels = 0xf;
 constexpr Product kLayer[kProducts] = {{"qkv", (kQHeads + 2 * kKvHeads) * kHeadDim, kHidden},
                                        {"out", kHidden, kQHeads* kHeadDim},
                                        {"gate_up", 2 * kIntermediate, kHidden},
@@ -39,7 +42,7 @@ class Bench {
   Bench() : weights_(kLayers * layer_bytes(), stream_), workspace_(kGemmWorkspaceBytes) {
     for (int i = 0; i < kBuffers; ++i) {
       buffers_[i] = DeviceBuffer<char>(size_t(kMaxRows) * kColumns[i] * kElement);
-      buffers_[i].fill_bytes(0, stream_);
+      fill_random_bf16(buffers_[i].data(), buffers_[i].bytes() / kElement, i, stream_);
     }
     std::vector<int32_t> order(kMaxRows);
     for (int i = 0; i < kMaxRows; ++i) order[i] = i;
@@ -127,8 +130,13 @@ class Bench {
       weight += kLayer[i].bytes();
     }
     const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
-    time(concat(whose, ", products alone"), rows, false);
-    time(concat(whose, ", chain"), rows, true);
+    time(concat(whose, ", products alone"), rows, 0);
+    time(concat(whose, ", chain"), rows, kAllKernels);
+    if (kernels == cuda::GemmKernels::any) {
+      time("  without rms_norm", rows, kAllKernels & ~5u);
+      time("  without qk_norm_rope_kv_write", rows, kAllKernels & ~2u);
+      time("  without silu_mul", rows, kAllKernels & ~8u);
+    }
     std::printf("  planned in %.0f ms:%s\n", ms.count(), chosen.c_str());
   }
 
@@ -150,11 +158,12 @@ class Bench {
     }
   }
 
-  void time(const std::string& what, int rows, bool chain) {
+  // Bit i of `small_kernels`: with the one before product i.
+  void time(const std::string& what, int rows, unsigned small_kernels) {
     double us = time_us(stream_, kLayers, [&](int layer, cudaStream_t stream) {
       char* weight = weights_.data() + layer * layer_bytes();
       for (int i = 0; i < kProducts; ++i) {
-        if (chain) small_kernel(i, rows, stream);
+        if (small_kernels >> i & 1) small_kernel(i, rows, stream);
         cuda::gemm(params(i, rows, weight), stream);
         weight += kLayer[i].bytes();
       }
