@@ -1,6 +1,6 @@
 // Times block_attention on the GPU and compares it with a plain read of the same bytes.
 //
-//   bench_block_attention_cuda [--json FILE] [--only grid|ragged|prefill] [--quick]
+//   bench_block_attention_cuda [--json FILE] [--only grid|short|ragged|prefill] [--quick]
 //                              [--case NAME] [--once]
 //
 // --case runs the one case of that name; --once calls it once, for a profiler.
@@ -323,6 +323,9 @@ int main_with(int argc, char** argv) {
         }
       }
     }
+  }
+  if (wants("short")) {
+    for (int seqs : {1, 4, 8, 16, 32, 64}) add(concat("kv 64 c 8 b ", seqs), uniform(seqs, 8, 64));
   }
   if (wants("ragged")) {
     for (int seqs : {32, 128}) {

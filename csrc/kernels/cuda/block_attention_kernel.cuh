@@ -28,8 +28,12 @@ struct Consumer {
     RingPosition at;
     int turn = 0;
     Piece piece(args, share);
+    Queries queries = find(piece);
+    // Without work, an SM is the next kernel's at once; but this one must not be done before all that
+    // came before it is.
+    if (piece.valid() || blockIdx.x == 0) wait_until_previous_is_done();
     if (!piece.valid()) return;
-    Queries queries = fetch(piece);
+    copy_queries<kHeadDim>(args, queries, output.staging(), lane);
     CutPieces& pieces = output.cut_pieces();
     do {
       int packed = piece.item.packed_count;
@@ -48,10 +52,15 @@ struct Consumer {
     } while (piece.valid());
   }
 
-  __device__ __forceinline__ Queries fetch(const Piece& piece) {
+  __device__ __forceinline__ Queries find(const Piece& piece) {
     int packed = piece.item.packed_count;
     int row_warps = packed <= 16 ? 1 : packed <= 32 ? 2 : packed <= 64 ? 4 : 8;
-    return fetch_queries<kHeadDim>(args, piece, warp % row_warps * 16, output.staging(), lane);
+    return find_queries(args, piece, warp % row_warps * 16, lane);
+  }
+  __device__ __forceinline__ Queries fetch(const Piece& piece) {
+    const Queries queries = find(piece);
+    copy_queries<kHeadDim>(args, queries, output.staging(), lane);
+    return queries;
   }
 
   // kRowWarps warps side by side hold the packed rows; each takes kKeys of a tile's keys.
@@ -255,17 +264,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::barrier_fence_init();
   }
   __syncthreads();
-  wait_for_previous_kernel();
+  let_next_kernel_start();
 
+  // The schedule, and what it was made of, lay there before any kernel behind it started: a share, the
+  // rows of its first piece and its pages are found while the kernel before this one runs.
   if (warp >= kConsumerWarps) {
     ptx::lower_registers<24>();
     if (warp == kConsumerWarps) {
-      const Share share = args.ws.shares[blockIdx.x];
+      const Share share = load_past_l1(&args.ws.shares[blockIdx.x]);
       Producer<kHeadDim>{args, &k_map, &v_map, ring, lane}.run(share);
     }
   } else {
     ptx::raise_registers<240>();
-    const Share share = args.ws.shares[blockIdx.x];
+    const Share share = load_past_l1(&args.ws.shares[blockIdx.x]);
     const Output<kHeadDim> output = {sums, max_sum, warp};
     if (threadIdx.x == 0) output.cut_pieces() = {{{share.earlier}, {share.later}}};
     Consumer<kHeadDim>{args, ring, output, warp, lane}.run(share);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/cuda/block_attention_share.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda::attention {
 
@@ -14,30 +15,43 @@ struct Producer {
   Ring ring;
   int lane;
 
+  // Lane i holds page first + i of a sequence.
+  struct Pages {
+    int first, page;
+  };
+
   __device__ void run(const Share& share) const {
     RingPosition at;
-    for (Piece piece(args, share); piece.valid(); piece.next(args)) stream(piece, at);
+    Piece piece(args, share);
+    if (!piece.valid()) return;
+    Pages pages = load_pages(piece, piece.at.tile);
+    wait_until_previous_is_done();
+    while (true) {
+      stream(piece, pages, at);
+      piece.next(args);
+      if (!piece.valid()) return;
+      pages = load_pages(piece, piece.at.tile);
+    }
   }
 
-  // Lane i holds page first_page + i of the sequence: a refill every 32 pages, always at the first
-  // page of a tile.
-  __device__ void stream(const Piece& piece, RingPosition& at) const {
+  __device__ Pages load_pages(const Piece& piece, int tile) const {
     const int32_t* pages = args.page_table + piece.item.seq * args.page_table_stride;
     int last_page = (piece.item.last_limit - 1) >> args.page_shift;
-    int first_page = -32, page = 0;
+    int first = tile * kTileKeys >> args.page_shift;
+    return {first, __ldcg(pages + min(first + lane, last_page))};
+  }
+
+  // New pages every 32, always at the first page of a tile.
+  __device__ void stream(const Piece& piece, Pages& pages, RingPosition& at) const {
     for (int tile = piece.at.tile; tile < piece.end_tile; ++tile) {
       int key = tile * kTileKeys;
-      int tile_page = key >> args.page_shift;
-      if (tile_page >= first_page + 32) {
-        first_page = tile_page;
-        page = pages[min(first_page + lane, last_page)];
-      }
+      if (key >> args.page_shift >= pages.first + 32) pages = load_pages(piece, tile);
       ptx::barrier_wait(ring.released(at.slot), at.phase ^ 1);
       int keys = min(kTileKeys, piece.item.last_limit - key);
       copy_tile(args.k_pages, k_map, ring.k_full(at.slot), slot_address(at.slot, 0), piece.at.head,
-                key, keys, first_page, page);
+                key, keys, pages.first, pages.page);
       copy_tile(args.v_pages, v_map, ring.v_full(at.slot), slot_address(at.slot, 1), piece.at.head,
-                key, keys, first_page, page);
+                key, keys, pages.first, pages.page);
       at.advance(args.num_slots);
     }
   }

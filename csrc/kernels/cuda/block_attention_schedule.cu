@@ -83,9 +83,9 @@ __device__ int piece_cost(const Item& item) { return is_tall(item) ? 11 : 6; }
 __device__ int head_cost(const Item& item) {
   return piece_cost(item) + tile_cost(item) * item.num_tiles;
 }
-// Shares are at least this long. No share that a head runs through may be without a tile of it, for
-// the merge takes a part from each: so not below any tile_cost.
-constexpr int kMinShareCost = 5;
+// Shares are at least this long: a piece of two tiles. No share that a head runs through may be
+// without a tile of it, for the merge takes a part from each: so not below any tile_cost.
+constexpr int kMinShareCost = 14;
 
 // Writes all items and their cost offsets; returns the length of the line, `num_items` by reference.
 __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_items) {
@@ -205,8 +205,8 @@ __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
     int heads = (num_heads + num_shares - 1) / num_shares;
     if (num_heads * 10 >= heads * num_shares * 9) even.heads = heads;
   } else if (num_shares / num_heads * num_heads * 10 >= num_shares * 9) {
-    // A tall part of one tile would cost more to merge than it saves.
-    int most = max(1, line.items[0].num_tiles / (is_tall(line.items[0]) ? 2 : 1));
+    // A part of one tile costs more to merge than it saves, and an SM that the next kernel could use.
+    int most = max(1, line.items[0].num_tiles / 2);
     even.parts = min(num_shares / num_heads, most);
   }
   return even;
@@ -233,7 +233,7 @@ __device__ void write_even_share(const ScheduleArgs& args, const Line& line, Eve
 
 __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args) {
   __shared__ Scratch scratch;
-  wait_for_previous_kernel();
+  wait_until_previous_is_done();
   if (threadIdx.x == 0) {
     scratch.largest_cost = 0;
     scratch.least_cost = INT_MAX;
@@ -258,6 +258,10 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
     }
     args.ws.arrivals[c] = args.ws.left_rows[2 * c] = args.ws.left_rows[2 * c + 1] = 0;
   }
+  // No kernel behind this one starts before its shares are there: they read them before they wait.
+  __threadfence();
+  __syncthreads();
+  let_next_kernel_start();
 }
 
 }  // namespace

@@ -73,6 +73,18 @@ struct Ring {
   __device__ uint32_t released(int slot) const { return barriers + (2 * kMaxSlots + slot) * 8; }
 };
 
+// Shares, items and limits are read past the L1, which may hold those of another step.
+template <class T>
+__device__ __forceinline__ T load_past_l1(const T* from) {
+  static_assert(sizeof(T) % sizeof(int2) == 0);
+  T value;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / sizeof(int2)); ++i) {
+    reinterpret_cast<int2*>(&value)[i] = __ldcg(reinterpret_cast<const int2*>(from) + i);
+  }
+  return value;
+}
+
 // First row of the partial slot of a share's part: the part that goes on into the next share is apart
 // from the one that began earlier.
 __device__ __forceinline__ size_t partial_row(const AttentionArgs& args, int share,
@@ -115,7 +127,8 @@ struct Piece {
     end_tile = last ? end.tile : item.num_tiles;
     bool more = at.item_idx + 1 < end.item_idx ||
                 (at.item_idx + 1 == end.item_idx && (end.head > 0 || end.tile > 0));
-    if (more && at.head + 1 == args.num_kv_heads) following = args.ws.items[at.item_idx + 1];
+    if (more && at.head + 1 == args.num_kv_heads)
+      following = load_past_l1(&args.ws.items[at.item_idx + 1]);
   }
 };
 

@@ -11,13 +11,8 @@ struct Queries {
   int limit;  // its kv_limit
 };
 
-// Finds the rows and starts copying them: to `staging`, 16 * head_dim * 2 bytes of shared memory of
-// the warp's own. state.take() waits for them.
-template <int kHeadDim>
-__device__ __forceinline__ Queries fetch_queries(const AttentionArgs& args, const Piece& piece,
-                                                 int first_packed, uint32_t staging, int lane) {
-  constexpr int kChunks = kHeadDim / 8;  // of 16 bytes per row
-  constexpr int kRowsPerCopy = 32 / kChunks;
+__device__ __forceinline__ Queries find_queries(const AttentionArgs& args, const Piece& piece,
+                                                int first_packed, int lane) {
   Queries queries = {-1, piece.item.last_limit};
   int packed = first_packed + lane % 16;
   if (packed < piece.item.packed_count) {
@@ -25,8 +20,18 @@ __device__ __forceinline__ Queries fetch_queries(const AttentionArgs& args, cons
     int row = packed / args.group;
     queries.head = (piece.item.row_begin + row) * args.num_q_heads + piece.at.head * args.group +
                    packed - row * args.group;
-    queries.limit = args.kv_limits[piece.item.row_begin + row];
+    queries.limit = __ldcg(&args.kv_limits[piece.item.row_begin + row]);
   }
+  return queries;
+}
+
+// Starts copying the rows to `staging`, 16 * head_dim * 2 bytes of shared memory of the warp's own.
+// state.take() waits for them.
+template <int kHeadDim>
+__device__ __forceinline__ void copy_queries(const AttentionArgs& args, const Queries& queries,
+                                             uint32_t staging, int lane) {
+  constexpr int kChunks = kHeadDim / 8;  // of 16 bytes per row
+  constexpr int kRowsPerCopy = 32 / kChunks;
 #pragma unroll
   for (int first = 0; first < 16; first += kRowsPerCopy) {
     int row = first + lane / kChunks, chunk = lane % kChunks;
@@ -34,7 +39,6 @@ __device__ __forceinline__ Queries fetch_queries(const AttentionArgs& args, cons
     ptx::copy_16(staging + row * kHeadDim * 2 + (chunk ^ (row % 8)) * 16,
                  args.q + static_cast<size_t>(max(head, 0)) * kHeadDim + chunk * 8, head >= 0);
   }
-  return queries;
 }
 
 // One warp's 16 packed rows of a piece: the thread has rows lane / 4 and lane / 4 + 8, and of each
@@ -46,7 +50,7 @@ struct WarpState {
   float max[2], sum[2];  // max of raw scores; sum is this thread's part until finish_sums()
   int limits[2];
 
-  // Takes over what fetch_queries() has put on its way.
+  // Takes over what copy_queries() has put on its way.
   __device__ __forceinline__ void take(const Queries& queries, uint32_t staging, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -50,7 +50,12 @@ __device__ __forceinline__ void clear_values(uint32_t v, int keys_left) {
                  : "memory");
   }
   ptx::fence_proxy_async();
-  ptx::named_barrier(kWarpgroupBarrier + threadIdx.x / 128, 128);
+  // Two barriers by name: the race checker does not follow one whose number is computed.
+  if (threadIdx.x < 128) {
+    ptx::named_barrier(kWarpgroupBarrier, 128);
+  } else {
+    ptx::named_barrier(kWarpgroupBarrier + 1, 128);
+  }
 }
 
 }  // namespace optimus::cuda::attention

@@ -17,11 +17,19 @@
 
 namespace optimus::cuda {
 
-__device__ __forceinline__ void wait_for_previous_kernel() {
+__device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ __forceinline__ void wait_until_previous_is_done() {
+#if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+  let_next_kernel_start();
+  wait_until_previous_is_done();
 }
 
 struct DeviceProperties {
