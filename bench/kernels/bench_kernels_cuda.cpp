@@ -5,9 +5,10 @@
 // `%` is the time that the ceilings allow over the measured time: bytes that must move over the copy
 // bandwidth, or operations over the bf16 GEMM rate, whichever takes longer; both ceilings are
 // measured first, by the same program: the best of a few ways to copy gigabytes and of a few large
-// products. Small cases are bound by launching, not by either: `copy` lines show what a plain copy
-// kernel takes that moves as many bytes.
+// products. Small cases are bound by launching, not by either: `% of a copy` is the time of a plain
+// copy kernel that moves as many bytes, over the measured time.
 #include <cstring>
+#include <map>
 
 #include "cuda_timing.h"
 #include "kernels/cuda/kernels.h"
@@ -129,10 +130,17 @@ class Bench {
   bool wants(const char* op) const { return only_.empty() || only_ == op; }
 
   void report(const char* op, const std::string& shape, int rows, double us, double bytes,
-              double flops = 0, const std::string& kernel = "") {
+              double flops = 0, const std::string& kernel = "", double copy_us = 0) {
     results_.push_back(
-        {op, shape, rows, us, bytes, flops, ceilings_.floor_us(bytes, flops), kernel});
+        {op, shape, rows, us, bytes, flops, ceilings_.floor_us(bytes, flops), kernel, copy_us});
     print(results_.back());
+  }
+
+  void report_beside_copy(const char* op, const std::string& shape, int rows, double us,
+                          double bytes) {
+    double& copy_us = copy_us_[bytes];
+    if (copy_us == 0) copy_us = time_copy(bytes);
+    report(op, shape, rows, us, bytes, 0, "", copy_us);
   }
 
   DeviceBuffer<int32_t> indices(int count, const std::function<int(int)>& value) {
@@ -162,7 +170,7 @@ class Bench {
                        model.hidden, kType},
                       stream);
     });
-    report("embedding", model.name, rows, us, 2.0 * out);
+    report_beside_copy("embedding", model.name, rows, us, 2.0 * out);
   }
 
   void rms_norm(const ModelShape& model, int rows) {
@@ -174,7 +182,7 @@ class Bench {
                       1e-6f, kType},
                      stream);
     });
-    report("rms_norm", std::string(model.name) + " + residual", rows, us, 4.0 * tensor);
+    report_beside_copy("rms_norm", std::string(model.name) + " + residual", rows, us, 4.0 * tensor);
   }
 
   void silu_mul(const ModelShape& model, int rows) {
@@ -184,7 +192,7 @@ class Bench {
       char* at = arena_.part(i, 3 * out);
       cuda::silu_mul({at, at + 2 * out, rows, model.intermediate, kType}, stream);
     });
-    report("silu_mul", model.name, rows, us, 3.0 * out);
+    report_beside_copy("silu_mul", model.name, rows, us, 3.0 * out);
   }
 
   void qk_norm_rope_kv_write(const ModelShape& model, int rows) {
@@ -205,7 +213,7 @@ class Bench {
            model.num_kv_heads, model.head_dim, model.rotary_dim, kPageSize, 1e-6f, kType},
           stream);
     });
-    report("qk_norm_rope_kv_write", model.name, rows, us, 2.0 * qkv);
+    report_beside_copy("qk_norm_rope_kv_write", model.name, rows, us, 2.0 * qkv);
   }
 
   double time_gemm(int rows, int n, int k) {
@@ -308,7 +316,7 @@ class Bench {
       params.logits = arena_.part(i, logits);
       cuda::unmask(params, stream);
     });
-    report("unmask", concat("151936 ", sampling), rows, us, double(logits));
+    report_beside_copy("unmask", concat("151936 ", sampling), rows, us, double(logits));
   }
 
   void build_rows(int num_seqs) {
@@ -372,6 +380,7 @@ class Bench {
   Stream stream_;
   Arena arena_;
   DeviceBuffer<char> workspace_;
+  std::map<double, double> copy_us_;  // by bytes
   Ceilings ceilings_;
   std::string gemm_kernel_;  // of the last time_gemm
   std::vector<Result> results_;

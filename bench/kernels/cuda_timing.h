@@ -99,6 +99,7 @@ struct Result {
   int rows;
   double us, bytes, flops, floor_us;
   std::string kernel = {};  // the one that was chosen, where there is a choice
+  double copy_us = 0;       // of a plain copy that moves as many bytes, where that is the measure
 };
 
 struct Ceilings {
@@ -110,10 +111,12 @@ struct Ceilings {
 };
 
 inline void print(const Result& result) {
-  std::printf("%-22s %-34s rows %5d %9.2f us %8.0f GB/s %7.1f TFLOP/s %5.1f %% %s\n",
+  std::printf("%-22s %-34s rows %5d %9.2f us %8.0f GB/s %7.1f TFLOP/s %5.1f %% %s",
               result.op.c_str(), result.shape.c_str(), result.rows, result.us,
               result.bytes / result.us * 1e-3, result.flops / result.us * 1e-6,
               100 * result.floor_us / result.us, result.kernel.c_str());
+  if (result.copy_us > 0) std::printf("%5.1f %% of a copy", 100 * result.copy_us / result.us);
+  std::printf("\n");
   std::fflush(stdout);
 }
 
@@ -127,13 +130,15 @@ inline void write_json(const std::string& path, const Ceilings& ceilings,
                ceilings.device.c_str(), ceilings.copy_gb_s, ceilings.gemm_tflops);
   for (size_t i = 0; i < results.size(); ++i) {
     const Result& r = results[i];
-    std::fprintf(file,
-                 "  {\"op\": \"%s\", \"shape\": \"%s\", \"rows\": %d, \"us\": %.3f, "
-                 "\"gb_s\": %.1f, \"tflops\": %.2f, \"percent_of_ceiling\": %.1f%s}%s\n",
-                 r.op.c_str(), r.shape.c_str(), r.rows, r.us, r.bytes / r.us * 1e-3,
-                 r.flops / r.us * 1e-6, 100 * r.floor_us / r.us,
-                 r.kernel.empty() ? "" : concat(", \"kernel\": \"", r.kernel, "\"").c_str(),
-                 i + 1 < results.size() ? "," : "");
+    std::fprintf(
+        file,
+        "  {\"op\": \"%s\", \"shape\": \"%s\", \"rows\": %d, \"us\": %.3f, "
+        "\"gb_s\": %.1f, \"tflops\": %.2f, \"percent_of_ceiling\": %.1f%s%s}%s\n",
+        r.op.c_str(), r.shape.c_str(), r.rows, r.us, r.bytes / r.us * 1e-3, r.flops / r.us * 1e-6,
+        100 * r.floor_us / r.us,
+        r.copy_us == 0 ? "" : concat(", \"percent_of_copy\": ", 100 * r.copy_us / r.us).c_str(),
+        r.kernel.empty() ? "" : concat(", \"kernel\": \"", r.kernel, "\"").c_str(),
+        i + 1 < results.size() ? "," : "");
   }
   std::fprintf(file, " ]}\n");
   std::fclose(file);
