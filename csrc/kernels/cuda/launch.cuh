@@ -5,8 +5,8 @@
 // wait_for_previous_kernel(), before any access to global memory. It allows the successor to start and
 // then waits until the predecessor is complete and its memory visible. Each kernel waits so, whatever
 // started early: a complete predecessor means that everything before it is complete, and the stream
-// order of memory holds. A kernel that reads constant memory before the wait (gemm_stream) relies on
-// nothing in the stream writing it. Kernels of libraries are launched plainly and wait for everything.
+// order of memory holds. A kernel that reads weights before the wait relies on nothing in the stream
+// writing them. Kernels of libraries are launched plainly and wait for everything.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -90,6 +90,7 @@ __device__ __forceinline__ void sine_cosine(float angle, float& sine, float& cos
 template <int kWidth, int kUnits>
 struct HeadPart {
   float a[kUnits][kWidth], b[kUnits][kWidth];  // first and second stretch of each unit
+  float weight_a[kUnits][kWidth], weight_b[kUnits][kWidth], frequency[kUnits][kWidth];
   float sine[kUnits][kWidth], cosine[kUnits][kWidth];
 
   template <class Body>
@@ -115,7 +116,6 @@ struct HeadPart {
 // kUnits: units per lane (1 in the vectorised form).
 template <class T, int kWidth, int kLanes, int kUnits>
 __global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T> args) {
-  wait_for_previous_kernel();
   const int num_heads = args.num_q_heads + 2 * args.num_kv_heads;
   const int index = (blockIdx.x * kThreads + threadIdx.x) / kLanes;
   const bool exists = index < args.rows * num_heads;  // all lanes stay for the shuffles
@@ -125,25 +125,31 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T>
   const bool is_v = head >= args.num_q_heads + args.num_kv_heads;
   const T* in = args.qkv + (size_t(row) * num_heads + head) * args.head_dim;
   const T* weight = is_v ? nullptr : is_q ? args.q_norm_weight : args.k_norm_weight;
-  const float position = static_cast<float>(args.positions[row]);
-  const int kv_slot = args.kv_slots[row];
 
   HeadPart<kWidth, kUnits> part{};
   auto for_each_unit = [&](const auto& body) {
     part.for_each_unit(lane, kLanes, units, args.rotary_dim, body);
   };
+  let_next_kernel_start();
+  for_each_unit([&](UnitPlace place, int u) {  // constants
+    if (is_v) return;
+    load<T, kWidth>(weight + place.first, part.weight_a[u]);
+    load<T, kWidth>(weight + place.second, part.weight_b[u]);
+    if (place.rotated) load<float, kWidth>(args.inv_freq + place.first, part.frequency[u]);
+  });
+  wait_until_previous_is_done();
+  const float position = static_cast<float>(args.positions[row]);
+  const int kv_slot = args.kv_slots[row];
   for_each_unit([&](UnitPlace place, int u) {
     load<T, kWidth>(in + place.first, part.a[u]);
     load<T, kWidth>(in + place.second, part.b[u]);
   });
   for_each_unit([&](UnitPlace place, int u) {  // while the head is on its way
     if (is_v || !place.rotated) return;
-    float frequency[kWidth];
-    load<float, kWidth>(args.inv_freq + place.first, frequency);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       // The angle is rounded to fp32, as the models were trained.
-      sine_cosine(position * frequency[j], part.sine[u][j], part.cosine[u][j]);
+      sine_cosine(position * part.frequency[u][j], part.sine[u][j], part.cosine[u][j]);
     }
   });
   const float squares = reduce_lanes<kLanes>(part.sum_of_squares(), Sum());
@@ -152,14 +158,11 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T>
   const float scale = rsqrtf(squares / static_cast<float>(args.head_dim) + args.eps);
   for_each_unit([&](UnitPlace place, int u) {
     auto &a = part.a[u], &b = part.b[u];
-    if (weight != nullptr) {
-      float weight_a[kWidth], weight_b[kWidth];
-      load<T, kWidth>(weight + place.first, weight_a);
-      load<T, kWidth>(weight + place.second, weight_b);
+    if (!is_v) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        a[j] *= scale * weight_a[j];
-        b[j] *= scale * weight_b[j];
+        a[j] *= scale * part.weight_a[u][j];
+        b[j] *= scale * part.weight_b[u][j];
       }
     }
     if (!is_v && place.rotated) {

@@ -27,19 +27,25 @@ struct Args {
 template <class T, int kChunks>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(Args<T> args) {
   __shared__ float shared[kWarp];
-  wait_for_previous_kernel();
+  RawChunk<T> raw[kChunks], raw_residual[kChunks], raw_weight[kChunks];
+  let_next_kernel_start();
+  // The weight is the farthest away: nobody has read it since the step before.
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    int column = (i * blockDim.x + threadIdx.x) * kChunk;
+    if (column < args.hidden) raw_weight[i] = load_chunk(args.weight + column);
+  }
+  wait_until_previous_is_done();
   const size_t out_row = size_t(blockIdx.x) * args.hidden;
   const size_t in_row =
       args.row_idx != nullptr ? size_t(args.row_idx[blockIdx.x]) * args.hidden : out_row;
 
-  RawChunk<T> raw[kChunks], raw_residual[kChunks], raw_weight[kChunks];
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     int column = (i * blockDim.x + threadIdx.x) * kChunk;
     if (column >= args.hidden) continue;
     raw[i] = load_chunk(args.x + in_row + column);
     if (args.residual != nullptr) raw_residual[i] = load_chunk(args.residual + in_row + column);
-    raw_weight[i] = load_chunk(args.weight + column);
   }
   float value[kChunks][kChunk];
   float squares = 0;
