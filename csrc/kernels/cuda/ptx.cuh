@@ -185,6 +185,15 @@ __device__ __forceinline__ void copies_arrive(uint32_t barrier) {
 
 // Waits for all copies this thread has issued.
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// The thread's copies since the last commit are a group; waits until all but its `kYoungest` last
+// groups are complete.
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kYoungest>
+__device__ __forceinline__ void copies_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kYoungest) : "memory");
+}
 
 __device__ __forceinline__ void load_shared(float (&values)[4], uint32_t address) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

@@ -1,4 +1,5 @@
-// What the three kernels of unmask share: which rows are real, and how a row of logits is read.
+// What the kernels of unmask share: which rows are real, how a row of logits is read and what it adds
+// up to.
 //
 // A row's columns are cut into tiles of kTileColumns, whatever else is in the batch: every sum has a
 // fixed order.
@@ -12,25 +13,36 @@
 
 namespace optimus::cuda::unmasking {
 
-constexpr int kScanChunks = 4;  // per lane: a warp reduces a tile
-constexpr int kTileChunks = kWarp * kScanChunks;
+constexpr int kWarps = 8;  // per CTA, of both kernels
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kTileChunkRows = 4;  // chunks per lane: a warp reduces a tile
+constexpr int kTileChunks = kWarp * kTileChunkRows;
 constexpr int kTileColumns = kTileChunks * kChunk;
 constexpr float kLog2E = 1.4426950408889634f;
-// Smaller logits (-inf too) count as this one: no weight, and no infinities in the sums.
-constexpr float kLowest = -1e20f;
+constexpr float kLn2 = 0.6931471805599453f;
+// Smaller logits (-inf too) count as this one: no weight, and no infinities in the sums. A power of
+// two, so that its exponent is exact: a tile of nothing else has weights of 1, not of infinity.
+constexpr float kLowest = -0x1p66f;
 
-// What a tile, and then a row, adds up to; x = logit, m = largest logit.
+// What a tile, and then a row, adds up to; x = logit, m = largest logit, and e(x, rate) the exponent
+// of the weight 2^e of x: about (x - m) * rate, see exponent_of.
 struct alignas(16) RowSums {
   float max;        // m
-  float sum;        // of exp((x - m) * scale)
-  float weighted;   // of exp((x - m) * scale) * (x - m)
-  float plain_sum;  // of exp(x - m)
-  float noisy;      // largest x * scale + noise, of `sampled`
-  int32_t argmax;   // the lowest column that reaches m
+  float sum;        // of 2^e(x, rate), rate = log2(e) / temperature (greedy: as if 1)
+  float weighted;   // of 2^e(x, rate) * e(x, rate)
+  float plain_sum;  // of 2^e(x, log2(e))
+  // The best column under noise and its noisy logit. A tile says so only if it may be the row's, and
+  // only if the row draws from all columns (no top-k).
+  float noisy;
   int32_t sampled;
-  int32_t unused;
+  int32_t unused[2];
 };
 static_assert(sizeof(RowSums) == 32);
+
+struct Workspace {
+  RowSums* tiles;     // [num_logit_rows, num_tiles]
+  uint32_t* arrived;  // [num_logit_rows] at a slot's first row: how many of its rows are finished
+};
 
 inline int num_tiles(int vocab_size) { return ceil_div(vocab_size, kTileColumns); }
 
@@ -38,6 +50,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+// What e(x, rate) is relative to: one rounded product for all x, and then a fused multiply-add each.
+// Rounded up, so that no exponent is above 0, whatever the magnitude of `max`.
+__device__ __forceinline__ float reference_of(float max, float rate) {
+  return __fmul_ru(max, rate);
+}
+__device__ __forceinline__ float exponent_of(float x, float rate, float reference) {
+  return __fmaf_rn(x, rate, -reference);
 }
 
 // A float's order as an integer's.
@@ -61,65 +82,132 @@ __device__ __forceinline__ bool is_better(float value, int32_t column, float bes
   return value > best || (value == best && column < best_column);
 }
 
+// How many of `count` keys come before key i by `sign` times the key, the lower index first among
+// equals.
+__device__ __forceinline__ int rank_of(const float* keys, float sign, int i, int count) {
+  const float own = sign * keys[i];
+  int rank = 0;
+#pragma unroll 8
+  for (int j = 0; j < count; ++j) {
+    const float other = sign * keys[j];
+    rank += other < own || (other == own && j < i);
+  }
+  return rank;
+}
+
 __device__ __forceinline__ int num_real_rows(const UnmaskParams& p) {
   if (p.num_logit_rows_device == nullptr) return p.num_logit_rows;
   return min(*p.num_logit_rows_device, p.num_logit_rows);
 }
-// Slot of a logits row, or -1 for padding and rows behind the real ones.
-__device__ __forceinline__ int slot_of_row(const UnmaskParams& p, int row) {
-  return row < num_real_rows(p) ? p.logit_slots[row] : -1;
-}
-
 struct Sampling {
-  float scale;    // 1 / temperature, or 1
-  bool sampled;   // temperature > 0
-  bool filtered;  // sampled, from a top-k or top-p set
-  int top_k;      // 0 = off
-  float top_p;    // 1 = off
+  float scale = 1.0f;    // 1 / temperature, or 1
+  bool sampled = false;  // temperature > 0
+  int top_k = 0;         // 0 = off
+  float top_p = 1.0f;    // 1 = off
+
+  __device__ Sampling(const UnmaskParams& p, int slot) {
+    const float temperature = p.state.temperature[slot];
+    const int k = p.state.top_k[slot];
+    const float mass = p.state.top_p[slot];  // all three on their way at once
+    if (!(temperature > 0.0f)) return;
+    scale = 1.0f / temperature;
+    sampled = true;
+    if (k > 0 && k < p.vocab_size) top_k = k;
+    top_p = mass;
+  }
+  __device__ float rate() const { return scale * kLog2E; }
+  // From a top-k or top-p set.
+  __device__ bool filtered() const { return top_k > 0 || top_p < 1.0f; }
 };
-__device__ __forceinline__ Sampling sampling_of(const UnmaskParams& p, int slot) {
-  Sampling s{1.0f, false, false, 0, 1.0f};
-  const float temperature = p.state.temperature[slot];
-  if (!(temperature > 0.0f)) return s;
-  s.scale = 1.0f / temperature;
-  s.sampled = true;
-  const int top_k = p.state.top_k[slot];
-  if (top_k > 0 && top_k < p.vocab_size) s.top_k = top_k;
-  s.top_p = p.state.top_p[slot];
-  s.filtered = s.top_k > 0 || s.top_p < 1.0f;
-  return s;
-}
 
 __device__ __forceinline__ uint64_t noise_key_of(const UnmaskParams& p, int row, int slot) {
   return noise_key(p.state.seed[slot], p.state.block_start[slot] + p.logit_offsets[row],
                    p.state.denoise_step[slot]);
 }
 
-// As the CPU twin rounds it: product and sum apart. A call, since it is long and used in loops that
-// are unrolled for their registers.
-static __device__ __noinline__ float noisy_logit(float scaled, uint64_t key, int32_t column) {
+// As the CPU twin rounds it: product and sum apart.
+__device__ __forceinline__ float noisy_logit(float scaled, uint64_t key, int32_t column) {
   return __fadd_rn(scaled, gumbel_noise(key, column));
 }
-// 1 - u of a token's noise, exactly.
-__device__ __forceinline__ float distance_from_one(uint64_t key, int32_t column) {
-  const uint32_t bits = mix64(key ^ static_cast<uint32_t>(column)) >> 41;
-  return (static_cast<float>(0x7fffffu - bits) + 0.5f) * 0x1p-23f;
-}
-// Whether noise could lift `scaled` to `best`. -log(-log(u)) reaches d only if 1 - u <= exp(-d): one
-// fast exponential, with a margin for its error, spares most tokens both logarithms.
-__device__ __forceinline__ bool could_reach(float scaled, float one_minus_u, float best) {
-  return one_minus_u <= 1.001f * exp2_fast((scaled - best) * kLog2E);
-}
 
-// A row of logits in chunks. kVector: rows are 16-byte aligned and padded to whole chunks.
+// A warp's search for the best column under noise. Noise is expensive: it is drawn in full only where
+// it may lift a column to the best so far. Of a column's noise g = -log(-log(u)) <= -log(1 - u) only u
+// comes first. The column reaches if 1 - u <= exp(x * scale - best): its weight times `lift`, which is
+// the same for all columns.
+struct Draw {
+  const float scale, reference;  // of the weights
+  const uint64_t key;
+  float best;  // of the warp
+  float lift;
+  float noisy = -INFINITY;  // of the lane
+  int32_t column = INT32_MAX;
+
+  // Nothing below `least` is of interest.
+  __device__ __forceinline__ Draw(float scale_, uint64_t key_, float reference_, float least)
+      : scale(scale_), reference(reference_), key(key_) {
+    raise(least);
+  }
+
+  // Of the columns from `first` on; a weight of -infinity leaves one out. All lanes call it.
+  __device__ __forceinline__ void add(const float (&x)[kChunk], const float (&weight)[kChunk],
+                                      int32_t first) {
+    float u[kChunk];
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) u[j] = one_plus_u(first + j);
+    uint32_t tried = 0;
+    for (;;) {
+      int chosen = -1;  // the first that reaches, not yet tried
+      float value = 0;
+#pragma unroll
+      for (int j = kChunk - 1; j >= 0; --j) {
+        if (fmaf(weight[j], lift, u[j]) < kAlmostTwo || (tried >> j & 1) != 0) continue;
+        chosen = j;
+        value = x[j];
+      }
+      if (!__any_sync(0xffffffffu, chosen >= 0)) return;
+      if (chosen >= 0) {
+        tried |= 1u << chosen;
+        keep_better(noisy_logit(__fmul_rn(value, scale), key, first + chosen), first + chosen);
+      }
+      raise(fmaxf(best, warp_max(noisy)));
+    }
+  }
+  __device__ __forceinline__ void keep_better(float other, int32_t other_column) {
+    if (!is_better(other, other_column, noisy, column)) return;
+    noisy = other;
+    column = other_column;
+  }
+  // Over the warp; complete in every lane.
+  __device__ __forceinline__ void reduce_lanes() {
+    const float largest = warp_max(noisy);
+    column = warp_min(noisy == largest ? column : INT32_MAX);
+    noisy = largest;
+  }
+
+ private:
+  // 1 - u <= t, or almost, if one_plus_u + t >= kAlmostTwo: whatever rounding does.
+  static constexpr float kAlmostTwo = 2.0f - 0x1p-21f;
+  // 1 + u, less half of a step of u.
+  __device__ __forceinline__ float one_plus_u(int32_t of) const {
+    const uint32_t bits = mix64(key ^ static_cast<uint32_t>(of)) >> 41;
+    return __uint_as_float(0x3f800000u | bits);
+  }
+  // Lifts a little more than it must, for what is lost in rounding.
+  __device__ __forceinline__ void raise(float new_best) {
+    best = new_best;
+    const float slack = 0.01f + fabsf(reference) * 0x1p-21f;
+    lift = exp2_fast(fmaf(best, -kLog2E, reference) + slack);
+  }
+};
+
+// A row of logits in chunks; logits_stride is never 0 here. kVector: rows are 16-byte aligned and padded to whole chunks.
 template <class T, bool kVector>
 struct LogitsRow {
   const T* data;
   int vocab_size;
 
   __device__ LogitsRow(const UnmaskParams& p, int row) : vocab_size(p.vocab_size) {
-    const int stride = p.logits_stride > 0 ? p.logits_stride : p.vocab_size;
-    data = static_cast<const T*>(p.logits) + size_t(row) * stride;
+    data = static_cast<const T*>(p.logits) + int64_t(row) * p.logits_stride;
   }
   __device__ int num_chunks() const { return (vocab_size + kChunk - 1) / kChunk; }
 
@@ -148,10 +236,28 @@ struct LogitsRow {
   }
 };
 
+// A warp's registers hold a tile: lane l has the chunks l, l + 32, ... of it.
+template <class T>
+struct Tile {
+  RawChunk<T> raw[kTileChunkRows];
+
+  __device__ __forceinline__ static int chunk(int tile, int i) {
+    return tile * kTileChunks + i * kWarp + threadIdx.x % kWarp;
+  }
+  template <bool kVector>
+  __device__ __forceinline__ void load(const LogitsRow<T, kVector>& row, int tile) {
+#pragma unroll
+    for (int i = 0; i < kTileChunkRows; ++i) {
+      raw[i] = {};  // or the compiler would keep what was there before
+      if (chunk(tile, i) < row.num_chunks()) raw[i] = row.load(chunk(tile, i));
+    }
+  }
+};
+
 // `vector`: rows are 16-byte aligned and padded to whole chunks.
-void launch_scan(const UnmaskParams& params, RowSums* tiles, bool vector, cudaStream_t stream);
-void launch_finish(const UnmaskParams& params, const RowSums* tiles, bool vector,
+void launch_scan(const UnmaskParams& params, const Workspace& workspace, bool vector,
+                 cudaStream_t stream);
+void launch_finish(const UnmaskParams& params, const Workspace& workspace, bool vector,
                    cudaStream_t stream);
-void launch_decide(const UnmaskParams& params, cudaStream_t stream);
 
 }  // namespace optimus::cuda::unmasking

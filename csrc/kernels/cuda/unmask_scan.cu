@@ -1,12 +1,14 @@
-// First kernel of unmask: reads the logits once. A warp reduces one tile of one row, which it holds
-// in registers: the maximum first, then the sums relative to it, so nothing is rescaled. Warps do
-// not wait for each other, so loads and arithmetic of different tiles overlap.
+// First kernel of unmask: reads the logits once. A warp reduces one tile of one row after the other,
+// each held in registers: the maximum first, then the sums relative to it, so nothing is rescaled.
+// Its next tiles are on their way to shared memory meanwhile. Warps do not wait for each other.
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/unmask.cuh"
 
 namespace optimus::cuda::unmasking {
 namespace {
 
-constexpr int kWarps = 8;  // per CTA
+// CTAs per SM: with 64 registers a thread, they leave room for a CTA of the next kernel.
+constexpr int kCtasPerSm = 3;
 
 // Two packed bf16.
 __device__ __forceinline__ __nv_bfloat162 as_pair(uint32_t bits) {
@@ -51,168 +53,205 @@ __device__ __forceinline__ float raise_and_max(RawChunk<float>& raw) {
   return largest;
 }
 
+// A place among all tiles, counted row by row.
+struct Place {
+  int row, index;
+
+  __device__ __forceinline__ void advance(int num_tiles) {
+    for (index += kWarps; index >= num_tiles; index -= num_tiles) ++row;
+  }
+};
+
+// The tiles of a warp that are on their way, each lane's own chunks: nobody else waits for them.
 template <class T>
-struct Tile {
-  RawChunk<T> raw[kScanChunks];
-  int first, end;  // chunks of the row
+struct Ring {
+  static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
+  static constexpr int kVectors = sizeof(RawChunk<T>) / sizeof(uint4);  // per chunk
+  uint4 vectors[kStages][kVectors][kTileChunkRows][kWarp];
 
-  __device__ __forceinline__ int chunk(int i) const {
-    return first + i * kWarp + threadIdx.x % kWarp;
-  }
-
-  template <bool kVector>
-  __device__ __forceinline__ void load(const LogitsRow<T, kVector>& row, int tile) {
-    first = tile * kTileChunks;
-    end = min(first + kTileChunks, row.num_chunks());
+  __device__ __forceinline__ void start_copy(int stage, const LogitsRow<T, true>& row, int index) {
+    const int first = Tile<T>::chunk(index, 0), lane = threadIdx.x % kWarp;
+    const uint4* from = reinterpret_cast<const uint4*>(row.data) + first * kVectors;
+    const int left = row.num_chunks() - first;
+    const uint32_t to = ptx::shared_address(&vectors[stage][0][0][lane]);
 #pragma unroll
-    for (int i = 0; i < kScanChunks; ++i) {
-      if (chunk(i) < end) raw[i] = row.load(chunk(i));
+    for (int i = 0; i < kTileChunkRows; ++i) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        ptx::copy_16(to + (v * kTileChunkRows + i) * kWarp * sizeof(uint4),
+                     from + i * kWarp * kVectors + v, i * kWarp < left);
+      }
     }
   }
-
-  // Raises small logits to kLowest, as all that is not of the tile; returns the thread's largest.
-  template <bool kVector>
-  __device__ __forceinline__ float finish_load(const LogitsRow<T, kVector>& row) {
-    float largest = kLowest;
+  __device__ __forceinline__ void take(int stage, Tile<T>& tile) const {
 #pragma unroll
-    for (int i = 0; i < kScanChunks; ++i) {
-      if (chunk(i) >= end) fill_lowest(raw[i]);
+    for (int i = 0; i < kTileChunkRows; ++i) {
+      uint4* to = reinterpret_cast<uint4*>(&tile.raw[i]);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) to[v] = vectors[stage][v][i][threadIdx.x % kWarp];
+    }
+  }
+};
+
+// Raises small logits to kLowest, as all that is not of the row; returns the thread's largest.
+template <class T, bool kVector>
+__device__ __forceinline__ float finish_load(const LogitsRow<T, kVector>& row, int tile,
+                                             Tile<T>& data) {
+  if ((tile + 1) * kTileColumns > row.vocab_size) {
+#pragma unroll
+    for (int i = 0; i < kTileChunkRows; ++i) {
+      const int chunk = data.chunk(tile, i);
+      if (chunk >= row.num_chunks()) fill_lowest(data.raw[i]);
       // The columns between the vocabulary and the end of its last chunk hold anything.
-      if (kVector && row.vocab_size % kChunk != 0 && chunk(i) == row.num_chunks() - 1) {
+      if (kVector && chunk == row.num_chunks() - 1) {
         float values[kChunk];
-        row.unpack_from(raw[i], chunk(i), values);
-        pack(values, raw[i]);
+        row.unpack_from(data.raw[i], chunk, values);
+        pack(values, data.raw[i]);
       }
-      largest = fmaxf(largest, raise_and_max(raw[i]));
     }
-    return largest;
   }
+  float largest = kLowest;
+#pragma unroll
+  for (int i = 0; i < kTileChunkRows; ++i) largest = fmaxf(largest, raise_and_max(data.raw[i]));
+  return largest;
+}
 
-  // The thread's lowest column that holds `value`, among the first `vocab_size`.
-  __device__ __forceinline__ int32_t find(float value) const {
-#pragma unroll
-    for (int i = 0; i < kScanChunks; ++i) {
-      if (chunk(i) >= end) break;
-      float x[kChunk];
-      unpack(raw[i], x);
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) {
-        if (x[j] == value) return chunk(i) * kChunk + j;
-      }
-    }
-    return INT32_MAX;
+// What a warp knows of the row it works on.
+struct RowState {
+  int row = -1, slot = -1;  // slot -1: padding
+  bool sampled = false, draws = false;
+  float scale = 1.0f;
+  uint64_t key = 0;
+  float best = -INFINITY;  // noisy logit that the warp has found in the row's tiles so far
+
+  __device__ __forceinline__ void enter(const UnmaskParams& p, int new_row) {
+    row = new_row;
+    slot = p.logit_slots[row];
+    if (slot < 0) return;
+    const Sampling sampling(p, slot);
+    scale = sampling.scale;
+    sampled = sampling.sampled;
+    draws = sampled && sampling.top_k == 0;
+    best = -INFINITY;
+    if (draws) key = noise_key_of(p, row, slot);
   }
 };
 
 template <class T>
 __device__ __forceinline__ void add_greedy(const Tile<T>& tile, RowSums& sums) {
+  const float reference = reference_of(sums.max, kLog2E);
 #pragma unroll
-  for (int i = 0; i < kScanChunks; ++i) {
+  for (int i = 0; i < kTileChunkRows; ++i) {
     float x[kChunk];
     unpack(tile.raw[i], x);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
-      float distance = x[j] - sums.max;
-      float weight = exp2_fast(distance * kLog2E);
+      const float exponent = exponent_of(x[j], kLog2E, reference), weight = exp2_fast(exponent);
       sums.sum += weight;
-      sums.weighted += weight * distance;
+      sums.weighted += weight * exponent;
     }
   }
+  sums.sum = sums.plain_sum = reduce_lanes(sums.sum, Sum());
+  sums.weighted = reduce_lanes(sums.weighted, Sum());
 }
 
-// Also the sums at temperature 1, and the best token under noise unless a filter comes first. Noise
-// is expensive: it is drawn in full only where it could lift a token over the warp's best.
+// Also the sums at temperature 1, and the best column under noise unless a top-k comes first. The loop
+// over chunks is not unrolled, to save registers and instructions: the chunks move up, and are lost.
 template <class T>
-__device__ __forceinline__ void add_sampled(const Tile<T>& tile, const Sampling& sampling,
-                                            uint64_t key, int vocab_size, RowSums& sums) {
-  const float rate = sampling.scale * kLog2E;
-  sums.noisy = noisy_logit(__fmul_rn(sums.max, sampling.scale), key, sums.argmax);
-  sums.sampled = sums.argmax;
-  float best = sums.noisy;  // of the warp
-#pragma unroll
-  for (int i = 0; i < kScanChunks; ++i) {
-    float x[kChunk];
-    unpack(tile.raw[i], x);
-    const int32_t first = tile.chunk(i) * kChunk;
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j) {
-      float distance = x[j] - sums.max;
-      float weight = exp2_fast(distance * rate);
-      sums.sum += weight;
-      sums.weighted += weight * distance;
-      sums.plain_sum += exp2_fast(distance * kLog2E);
-    }
-    if (sampling.filtered) continue;
-    float one_minus_u[kChunk];  // apart from the tests, which depend on each other
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j) one_minus_u[j] = distance_from_one(key, first + j);
+__device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, RowState& state,
+                                            RowSums& sums) {
+  const float rate = state.scale * kLog2E;
+  const float reference = reference_of(sums.max, rate);
+  const float plain_reference = reference_of(sums.max, kLog2E);
+  Draw draw(state.scale, state.key, reference, state.best);
+#pragma unroll 1
+  for (int i = 0; i < kTileChunkRows; ++i) {
+    float x[kChunk], weight[kChunk];
+    unpack(tile.raw[0], x);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
-      const float scaled = __fmul_rn(x[j], sampling.scale);
-      const bool inside = tile.chunk(i) < tile.end && first + j < vocab_size;
-      const bool candidate = inside && could_reach(scaled, one_minus_u[j], best);
-      if (!__any_sync(0xffffffffu, candidate)) continue;
-      if (candidate) {
-        float noisy = noisy_logit(scaled, key, first + j);
-        if (is_better(noisy, first + j, sums.noisy, sums.sampled)) {
-          sums.noisy = noisy;
-          sums.sampled = first + j;
-        }
-      }
-      best = warp_max(sums.noisy);
+      const float exponent = exponent_of(x[j], rate, reference);
+      weight[j] = exp2_fast(exponent);
+      sums.sum += weight[j];
+      sums.weighted += weight[j] * exponent;
+      sums.plain_sum += exp2_fast(exponent_of(x[j], kLog2E, plain_reference));
     }
+    if (state.draws) draw.add(x, weight, tile.chunk(index, i) * kChunk);
+#pragma unroll
+    for (int k = 1; k < kTileChunkRows; ++k) tile.raw[k - 1] = tile.raw[k];
   }
-}
-
-// Sums over the warp.
-__device__ __forceinline__ void combine(RowSums& sums, bool sampled) {
   sums.sum = reduce_lanes(sums.sum, Sum());
   sums.weighted = reduce_lanes(sums.weighted, Sum());
-  if (!sampled) {
-    sums.plain_sum = sums.sum;
-    return;
-  }
   sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
-  const float best = warp_max(sums.noisy);
-  sums.sampled = warp_min(sums.noisy == best ? sums.sampled : INT32_MAX);
-  sums.noisy = best;
+  if (!state.draws) return;
+  state.best = draw.best;
+  draw.reduce_lanes();
+  sums.noisy = draw.noisy;
+  sums.sampled = draw.column;
 }
 
-// A warp a tile, of all rows.
+// A CTA works on a range of all tiles, counted row by row; its warps take turns.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kWarps* kWarp)
-    scan_kernel(UnmaskParams p, RowSums* tiles, int num_tiles) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm + 1)
+    scan_kernel(UnmaskParams p, Workspace workspace, int num_tiles) {
+  using Row = LogitsRow<T, kVector>;
+  constexpr int kStages = Ring<T>::kStages;
+  __shared__ Ring<T> rings[kVector ? kWarps : 1];
   wait_for_previous_kernel();
-  const int item = blockIdx.x * kWarps + threadIdx.x / kWarp;
-  const int row = item / num_tiles;
-  if (row >= num_real_rows(p)) return;
-  const LogitsRow<T, kVector> logits(p, row);
-  Tile<T> tile;
-  tile.load(logits, item % num_tiles);
-  const int slot = p.logit_slots[row];  // on its way together with the logits
-  if (slot < 0) return;                 // padding
-  const Sampling sampling = sampling_of(p, slot);
-  const float lane_max = tile.finish_load(logits);
-  RowSums sums{warp_max(lane_max), 0, 0, 0, -INFINITY, 0, INT32_MAX, 0};
-  sums.argmax = warp_min(lane_max == sums.max ? tile.find(sums.max) : INT32_MAX);
-  if (sampling.sampled) {
-    add_sampled(tile, sampling, noise_key_of(p, row, slot), p.vocab_size, sums);
-  } else {
-    add_greedy(tile, sums);
+  const int warp = threadIdx.x / kWarp;
+  const uint32_t total = num_real_rows(p) * num_tiles;
+  const uint32_t share = total / gridDim.x, rest = total % gridDim.x;
+  const uint32_t end = (blockIdx.x + 1) * share + min(blockIdx.x + 1, rest);
+  uint32_t item = blockIdx.x * share + min(blockIdx.x, rest) + warp;
+  if (item >= end) return;
+  Place place{int(item / num_tiles), int(item % num_tiles)}, ahead = place;
+  auto start_copy = [&](uint32_t number, int stage) {
+    if constexpr (kVector) {
+      if (number < end) rings[warp].start_copy(stage, Row(p, ahead.row), ahead.index);
+      ptx::copies_commit();
+      ahead.advance(num_tiles);
+    }
+  };
+  for (int stage = 0; stage < kStages; ++stage) start_copy(item + stage * kWarps, stage);
+  RowState state;
+  for (int stage = 0; item < end; item += kWarps, stage = kStages - 1 - stage) {
+    if (place.row != state.row) state.enter(p, place.row);
+    const Row row(p, place.row);
+    Tile<T> tile;
+    if constexpr (kVector) {
+      ptx::copies_wait_group<kStages - 1>();
+      rings[warp].take(stage, tile);
+    } else {
+      tile.load(row, place.index);
+    }
+    RowSums sums{warp_max(finish_load(row, place.index, tile)), 0, 0, 0, -INFINITY, INT32_MAX, {}};
+    start_copy(item + kStages * kWarps, stage);
+    if (state.slot >= 0) {
+      if (state.sampled) {
+        add_sampled(tile, place.index, state, sums);
+      } else {
+        add_greedy(tile, sums);
+      }
+      if (threadIdx.x % kWarp == 0) {
+        workspace.tiles[item] = sums;
+        if (place.index == 0) workspace.arrived[place.row] = 0;
+      }
+    }
+    place.advance(num_tiles);
   }
-  combine(sums, sampling.sampled);
-  if (threadIdx.x % kWarp == 0) tiles[item] = sums;
 }
 
 }  // namespace
 
-void launch_scan(const UnmaskParams& params, RowSums* tiles, bool vector, cudaStream_t stream) {
+void launch_scan(const UnmaskParams& params, const Workspace& workspace, bool vector,
+                 cudaStream_t stream) {
   const int num = num_tiles(params.vocab_size);
-  const dim3 grid(ceil_div(int64_t(params.num_logit_rows) * num, kWarps));
+  const int64_t tiles = int64_t(params.num_logit_rows) * num;
+  const int grid = std::min<int64_t>(tiles, kCtasPerSm * device_properties().num_sms);
   dispatch_device_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(vector ? scan_kernel<T, true> : scan_kernel<T, false>, {grid, dim3(kWarps * kWarp)},
-           stream, params, tiles, num);
+    launch(vector ? scan_kernel<T, true> : scan_kernel<T, false>, {dim3(grid), dim3(kThreads)},
+           stream, params, workspace, num);
   });
 }
 

@@ -17,8 +17,9 @@ struct GpuResult {
   std::vector<uint8_t> committed;
 };
 
-// Runs the call on the GPU, checks the guards, compares the state with `expected`'s.
-GpuResult run_on_gpu(UnmaskCall call, const UnmaskCall& expected, bool check_state = true) {
+// Runs the call on the GPU, `times` in a row, and compares the state with `expected`'s.
+GpuResult run_on_gpu(UnmaskCall call, const UnmaskCall& expected, bool check_state = true,
+                     int times = 1) {
   call.poison_outputs();
   GpuDecodeState state(call.state);
   DeviceTensor logits(call.logits);
@@ -47,7 +48,7 @@ GpuResult run_on_gpu(UnmaskCall call, const UnmaskCall& expected, bool check_sta
     num_rows = upload(std::vector<int32_t>{*call.num_rows_on_device});
     params.num_logit_rows_device = num_rows.data();
   }
-  cuda::unmask(params, nullptr);
+  for (int i = 0; i < times; ++i) cuda::unmask(params, nullptr);
   GpuResult result{download(token_ids),  download(num_fresh), download(num_masked),
                    download(confidence), download(logprob),   download(entropy),
                    download(committed)};
@@ -193,6 +194,9 @@ TEST_F(CudaUnmask, LargeVocabularies) {
           call.logits.set(random_int(rng, 0, vocab_size - 1),
                           -std::numeric_limits<float>::infinity());
         }
+        for (int v = 1000; v < std::min(vocab_size, 3500); ++v) {  // whole tiles too
+          if (v != 1001) call.logits.set(v, -std::numeric_limits<float>::infinity());
+        }
         call.logits.set(size_t(width) + vocab_size - 1, 30.0f);
         for (int at : {vocab_size - 2, 77, 78}) call.logits.set(size_t(2) * width + at, 25.0f);
       }
@@ -205,6 +209,59 @@ TEST_F(CudaUnmask, LargeVocabularies) {
       }
     }
   });
+}
+
+// Rows whose slots decide nothing by closeness: of 1 to block_length masks each.
+UnmaskCall sequential_call(Rng& rng, int num_slots, int block_length, int vocab_size) {
+  UnmaskCall call(DType::bfloat16, num_slots, block_length, vocab_size);
+  DecodeStateArrays& state = call.state;
+  for (int32_t slot : random_permutation(rng, num_slots)) {
+    state.strategy[slot] = kSequential;
+    state.denoising_steps[slot] = random_int(rng, 1, block_length);
+    state.seed[slot] = rng();
+    state.temperature[slot] = slot % 3 == 0 ? 0.7f : 0.0f;
+    for (int i = 0; i < block_length; ++i) state.status[state.current(slot) + i] = kPresent;
+    call.add_rows(slot, iota(random_int(rng, 1, block_length)));
+  }
+  call.set_random_logits(rng, 2.0f);
+  return call;
+}
+
+bool is_clear_sample(const UnmaskCall& call, int row);
+
+// The call after `times` runs on the CPU. Slots with draws that rounding decides become greedy in
+// `call`.
+UnmaskCall run_clearly(UnmaskCall& call, int times, ThreadPool& pool) {
+  for (;;) {
+    UnmaskCall expected = call;
+    bool clear = true;
+    for (int i = 0; i < times; ++i) {
+      for (int row = 0; row < call.num_rows(); ++row) {
+        float& temperature = call.state.temperature[call.logit_slots[row]];
+        if (temperature == 0 || is_clear_sample(expected, row)) continue;
+        temperature = 0;
+        clear = false;
+      }
+      expected.run(pool);
+    }
+    if (clear) return expected;
+  }
+}
+
+// More rows than warps of a launch, slots that are spread over CTAs, rows that end within a CTA's
+// share of the tiles; and again, with what the first call left in the workspace.
+TEST_F(CudaUnmask, ManyRowsOfManySlots) {
+  Rng rng(177);
+  for (auto [num_slots, block_length, vocab_size] :
+       {std::tuple(600, 8, 1500), std::tuple(3, 1024, 300), std::tuple(70, 4, 9000)}) {
+    for (int times : {1, 2}) {
+      SCOPED_TRACE(concat(num_slots, " slots, ", times, " times"));
+      UnmaskCall call = sequential_call(rng, num_slots, block_length, vocab_size);
+      UnmaskCall expected = run_clearly(call, times, pool);
+      ASSERT_NO_FATAL_FAILURE(
+          expect_same_result(run_on_gpu(call, expected, true, times), expected));
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------------------- sampling
@@ -268,8 +325,9 @@ void check_sampling(Rng& rng, ThreadPool& pool, DType dtype, int vocab_size, flo
 
 TEST_F(CudaUnmask, SampledTokensMatchTheCpuTwin) {
   Rng rng(173);
-  const Filter filters[] = {{0, 1.0f},  {1, 1.0f},   {20, 0.95f}, {50, 1.0f},     {0, 0.5f},
-                            {0, 0.95f}, {300, 0.9f}, {300, 1.0f}, {100000, 0.99f}};
+  const Filter filters[] = {{0, 1.0f},       {1, 1.0f},  {20, 0.95f}, {50, 1.0f},
+                            {0, 0.5f},       {0, 0.95f}, {300, 0.9f}, {300, 1.0f},
+                            {100000, 0.99f}, {0, 0.05f}, {0, 0.0f}};
   for_each_dtype([&](DType dtype) {
     for (int vocab_size : {5, 700, 9000, 40000}) {
       for (float scale : {0.5f, 4.0f}) {
@@ -321,10 +379,39 @@ TEST_F(CudaUnmask, PaddingRowsAreNotLookedAt) {
   }
 }
 
+// Most rows of a captured graph may be padding: those behind the real ones, and slots of -1.
+TEST_F(CudaUnmask, ManyPaddingRows) {
+  Rng rng(178);
+  UnmaskCall call = sequential_call(rng, 40, 6, 5000);
+  for (float& temperature : call.state.temperature) temperature = 0;
+  UnmaskCall expected = call;
+  expected.run(pool);
+  const int32_t num_rows = call.num_rows(), counted_rows = num_rows + 30;
+  call.add_rows(-1, std::vector<int>(30, 0));
+  call.add_rows(call.logit_slots[num_rows - 1], std::vector<int>(400, 0));
+  call.num_rows_on_device = &counted_rows;
+  Tensor logits(DType::bfloat16, size_t(call.num_rows()) * 5000);
+  for (size_t i = 0; i < size_t(num_rows) * 5000; ++i) logits.set(i, call.logits.get(i));
+  call.logits = logits;
+  GpuResult result = run_on_gpu(call, expected);
+  EXPECT_EQ(result.num_fresh, expected.num_fresh);
+  EXPECT_EQ(result.num_masked, expected.num_masked);
+  for (int row = 0; row < num_rows; ++row) {
+    ASSERT_EQ(result.token_ids[row], expected.token_ids[row]);
+    ASSERT_EQ(result.committed[row], expected.committed[row]);
+  }
+  for (int row = num_rows; row < call.num_rows(); ++row) {
+    ASSERT_EQ(result.token_ids[row], UnmaskCall::kPoison);
+    ASSERT_EQ(result.committed[row], UnmaskCall::kPoisonByte);
+  }
+}
+
 TEST_F(CudaUnmask, RowsDoNotDependOnTheBatch) {
   Rng rng(176);
-  UnmaskCall batch = vocabulary_call(rng, DType::bfloat16, 9, 30000, 0, 3.0f);
-  UnmaskCall one(DType::bfloat16, 9, 4, 30000);
+  UnmaskCall batch = vocabulary_call(rng, DType::bfloat16, 200, 30000, 0, 3.0f);
+  batch.state.temperature[5] = 0.8f;
+  batch.state.top_p[5] = 0.9f;
+  UnmaskCall one(DType::bfloat16, 200, 4, 30000);
   one.state = batch.state;
   one.add_rows(5, {5 % 4});
   one.set_random_logits(rng, 1.0f);
@@ -333,6 +420,7 @@ TEST_F(CudaUnmask, RowsDoNotDependOnTheBatch) {
   EXPECT_EQ(all.confidence[5], alone.confidence[0]);
   EXPECT_EQ(all.entropy[5], alone.entropy[0]);
   EXPECT_EQ(all.logprob[5], alone.logprob[0]);
+  EXPECT_EQ(all.token_ids[5], alone.token_ids[0]);
 }
 
 TEST_F(CudaUnmask, RejectsASmallWorkspace) {
@@ -341,7 +429,7 @@ TEST_F(CudaUnmask, RejectsASmallWorkspace) {
   call.set_logits({1, 2, 3});
   call.poison_outputs();
   UnmaskParams params = call.params();
-  expect_invalid([&] { cuda::unmask(params, nullptr); }, "workspace must hold 32 bytes, got 0");
+  expect_invalid([&] { cuda::unmask(params, nullptr); }, "workspace must hold 36 bytes, got 0");
 }
 
 }  // namespace

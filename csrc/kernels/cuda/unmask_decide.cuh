@@ -1,0 +1,181 @@
+// The last part of unmask: the unmasking strategy of a slot, its commits and its window. By one CTA.
+#pragma once
+
+#include "kernels/cuda/decode_state.cuh"
+#include "kernels/cuda/unmask.cuh"
+
+namespace optimus::cuda::unmasking {
+
+// Rows [begin, begin + count) of one slot.
+struct Segment {
+  int slot, begin, count;
+};
+
+// The rows of `row`'s slot around it. By a warp; complete in every lane.
+__device__ __forceinline__ Segment segment_around(const UnmaskParams& p, int row, int slot,
+                                                  int num_rows) {
+  const int lane = threadIdx.x % kWarp;
+  int begin = row, end = row + 1;
+  bool more_before = true, more_behind = true;
+  while (more_before || more_behind) {
+    const int before = begin - 1 - lane, behind = end + lane;
+    const bool same_before = more_before && before >= 0 && p.logit_slots[before] == slot;
+    const bool same_behind = more_behind && behind < num_rows && p.logit_slots[behind] == slot;
+    const uint32_t others_before = ~__ballot_sync(0xffffffffu, same_before);
+    const uint32_t others_behind = ~__ballot_sync(0xffffffffu, same_behind);
+    more_before = others_before == 0;
+    more_behind = others_behind == 0;
+    begin -= more_before ? kWarp : __ffs(others_before) - 1;
+    end += more_behind ? kWarp : __ffs(others_behind) - 1;
+  }
+  return {slot, begin, min(end - begin, p.state.block_length)};
+}
+
+// The slot's rules, read at once in the beginning.
+struct Rules {
+  int steps, denoise_step;
+  UnmaskingStrategy strategy;
+  float threshold, entropy_bound;
+
+  __device__ Rules(const DecodeState& state, int slot)
+      : steps(state.denoising_steps[slot]),
+        denoise_step(state.denoise_step[slot]),
+        strategy(static_cast<UnmaskingStrategy>(state.unmasking_strategy[slot])),
+        threshold(state.confidence_threshold[slot]),
+        entropy_bound(state.entropy_bound[slot]) {}
+};
+
+struct DecideShared {
+  float confidence[kMaxBlockLength];  // of the slot's rows
+  float entropy[kMaxBlockLength];
+  float ordered[kMaxBlockLength];   // entropies, ascending
+  int32_t tokens[kMaxBlockLength];  // of the slot's rows
+  int32_t offsets[kMaxBlockLength];
+  uint8_t status[2 * kMaxBlockLength];  // the window
+  bool committed[kMaxBlockLength];
+  int32_t num_committed;
+};
+
+// Over the CTA; every thread gets the sum.
+template <class Predicate>
+__device__ int count_if(int first, int last, const Predicate& predicate) {
+  int count = 0;
+  for (int i = first; i < last; i += kThreads) {
+    const int own = i + threadIdx.x;
+    count += __syncthreads_count(own < last && predicate(own));
+  }
+  return count;
+}
+
+// What the slot's window and its rows hold. Row i and position i are a thread's, before they are
+// anyone's. The candidates may come from other CTAs, so not from the L1 cache.
+__device__ void load(const UnmaskParams& p, const Segment& rows, DecideShared& shared) {
+  const int length = p.state.block_length;
+  const uint8_t* status = p.state.window_status + int64_t(rows.slot) * 2 * length;
+  for (int i = threadIdx.x; i < 2 * length; i += kThreads) shared.status[i] = status[i];
+  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
+    shared.confidence[i] = __ldcg(p.out.confidence + rows.begin + i);
+    shared.entropy[i] = __ldcg(p.out.entropy + rows.begin + i);
+    shared.tokens[i] = __ldcg(p.out.token_ids + rows.begin + i);
+    shared.offsets[i] = p.logit_offsets[rows.begin + i];
+    shared.ordered[i] = INFINITY;
+  }
+  __syncthreads();
+}
+
+// Commits rows by ascending entropy while the running sum stays within the bound, at least one.
+__device__ void commit_entropy_bounded(const Segment& rows, const Rules& rules,
+                                       DecideShared& shared) {
+  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
+    shared.ordered[rank_of(shared.entropy, 1.0f, i, rows.count)] = shared.entropy[i];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float total = shared.ordered[0];
+    int count = 1;
+    for (; count < rows.count; ++count) {
+      total += shared.ordered[count];
+      if (total > rules.entropy_bound) break;
+    }
+    shared.num_committed = count;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
+    shared.committed[i] = rank_of(shared.entropy, 1.0f, i, rows.count) < shared.num_committed;
+  }
+}
+
+// The `quota` most confident rows, or with `dynamic` all above the threshold if those are as many.
+__device__ void commit_confident(const Segment& rows, const Rules& rules, int quota,
+                                 DecideShared& shared) {
+  auto is_above = [&](int i) { return shared.confidence[i] > rules.threshold; };
+  const bool enough =
+      rules.strategy == kLowConfidenceDynamic && count_if(0, rows.count, is_above) >= quota;
+  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
+    shared.committed[i] =
+        enough ? is_above(i) : rank_of(shared.confidence, -1.0f, i, rows.count) < quota;
+  }
+}
+
+__device__ void apply_strategy(const UnmaskParams& p, const Segment& rows, const Rules& rules,
+                               DecideShared& shared) {
+  const int length = p.state.block_length;
+  int quota = length / rules.steps + (rules.denoise_step < length % rules.steps ? 1 : 0);
+  quota = min(max(quota, 1), rows.count);
+  if (rules.strategy == kSequential) {
+    for (int i = threadIdx.x; i < rows.count; i += kThreads) shared.committed[i] = i < quota;
+  } else if (rules.strategy == kEntropyBounded) {
+    commit_entropy_bounded(rows, rules, shared);
+  } else {
+    commit_confident(rows, rules, quota, shared);
+  }
+  __syncthreads();
+}
+
+// Writes the commits into the window; a block without masks becomes the previous block.
+__device__ void update_window(const UnmaskParams& p, const Segment& rows, const Rules& rules,
+                              DecideShared& shared) {
+  const DecodeState& state = p.state;
+  const int length = state.block_length;
+  int32_t* tokens = state.window_tokens + int64_t(rows.slot) * 2 * length;
+  uint8_t* status = state.window_status + int64_t(rows.slot) * 2 * length;
+  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
+    const bool committed = shared.committed[i];
+    p.out.committed[rows.begin + i] = committed;
+    if (!committed) continue;
+    const int at = length + shared.offsets[i];
+    tokens[at] = shared.tokens[i];
+    shared.status[at] = kFresh;
+  }
+  __syncthreads();
+  auto masked = [&](int i) { return is_masked(shared.status[i]); };
+  auto fresh = [&](int i) { return shared.status[i] == kFresh; };
+  int num_masked = count_if(length, 2 * length, masked);
+  const bool slides = num_masked == 0;
+  int num_fresh = count_if(slides ? length : 0, 2 * length, fresh);
+  // Position i of both blocks belongs to one thread.
+  for (int i = threadIdx.x; i < length; i += kThreads) {
+    if (slides) {
+      tokens[i] = tokens[length + i];
+      tokens[length + i] = -1;
+    }
+    status[i] = shared.status[slides ? length + i : i];
+    status[length + i] = slides ? uint8_t(kAbsent) : shared.status[length + i];
+  }
+  if (slides) num_masked = length;
+  if (threadIdx.x > 0) return;
+  if (slides) state.block_start[rows.slot] += length;
+  state.denoise_step[rows.slot] = slides ? 0 : rules.denoise_step + 1;
+  p.num_fresh[rows.slot] = num_fresh;
+  p.num_masked[rows.slot] = num_masked;
+}
+
+// Of the finished rows of a slot. `shared` is free for other use after the next __syncthreads().
+__device__ void decide(const UnmaskParams& p, const Segment& rows, DecideShared& shared) {
+  const Rules rules(p.state, rows.slot);
+  load(p, rows, shared);
+  apply_strategy(p, rows, rules, shared);
+  update_window(p, rows, rules, shared);
+}
+
+}  // namespace optimus::cuda::unmasking
