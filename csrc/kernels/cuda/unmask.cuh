@@ -13,7 +13,7 @@
 
 namespace optimus::cuda::unmasking {
 
-constexpr int kWarps = 8;  // per CTA, of both kernels
+constexpr int kWarps = 8;  // per CTA of finish
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kTileChunkRows = 4;  // chunks per lane: a warp reduces a tile
 constexpr int kTileChunks = kWarp * kTileChunkRows;
@@ -225,6 +225,10 @@ struct LogitsRow {
       pack(values, raw);
       return raw;
     }
+  }
+  // One logit; of the first column if `column` is none: not a number, everywhere.
+  __device__ float at(int32_t column) const {
+    return load_element(data + (column < vocab_size ? column : 0));
   }
   // The chunk's logits, none below kLowest; columns behind the vocabulary hold -infinity.
   __device__ void unpack_from(const RawChunk<T>& raw, int chunk, float (&out)[kChunk]) const {

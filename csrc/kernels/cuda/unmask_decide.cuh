@@ -11,24 +11,32 @@ struct Segment {
   int slot, begin, count;
 };
 
+// The slots of the rows around one, a lane each: loads that are on their way together with others.
+struct Neighbours {
+  int before, behind;  // slot of row - 1 - lane and row + 1 + lane; -1 = none
+
+  __device__ __forceinline__ Neighbours(const UnmaskParams& p, int row_before, int row_behind,
+                                        int num_rows)
+      : before(row_before >= 0 ? p.logit_slots[row_before] : -1),
+        behind(row_behind < num_rows ? p.logit_slots[row_behind] : -1) {}
+};
+
 // The rows of `row`'s slot around it. By a warp; complete in every lane.
 __device__ __forceinline__ Segment segment_around(const UnmaskParams& p, int row, int slot,
-                                                  int num_rows) {
+                                                  int num_rows, Neighbours slots) {
   const int lane = threadIdx.x % kWarp;
   int begin = row, end = row + 1;
   bool more_before = true, more_behind = true;
-  while (more_before || more_behind) {
-    const int before = begin - 1 - lane, behind = end + lane;
-    const bool same_before = more_before && before >= 0 && p.logit_slots[before] == slot;
-    const bool same_behind = more_behind && behind < num_rows && p.logit_slots[behind] == slot;
-    const uint32_t others_before = ~__ballot_sync(0xffffffffu, same_before);
-    const uint32_t others_behind = ~__ballot_sync(0xffffffffu, same_behind);
-    more_before = others_before == 0;
-    more_behind = others_behind == 0;
-    begin -= more_before ? kWarp : __ffs(others_before) - 1;
-    end += more_behind ? kWarp : __ffs(others_behind) - 1;
+  for (;;) {
+    const uint32_t before = ~__ballot_sync(0xffffffffu, more_before && slots.before == slot);
+    const uint32_t behind = ~__ballot_sync(0xffffffffu, more_behind && slots.behind == slot);
+    more_before = before == 0;
+    more_behind = behind == 0;
+    begin -= more_before ? kWarp : __ffs(before) - 1;
+    end += more_behind ? kWarp : __ffs(behind) - 1;
+    if (!more_before && !more_behind) return {slot, begin, min(end - begin, p.state.block_length)};
+    slots = Neighbours(p, begin - 1 - lane, end + lane, num_rows);
   }
-  return {slot, begin, min(end - begin, p.state.block_length)};
 }
 
 // The slot's rules, read at once in the beginning.
@@ -171,7 +179,8 @@ __device__ void update_window(const UnmaskParams& p, const Segment& rows, const 
 }
 
 // Of the finished rows of a slot. `shared` is free for other use after the next __syncthreads().
-__device__ void decide(const UnmaskParams& p, const Segment& rows, DecideShared& shared) {
+__device__ __noinline__ void decide(const UnmaskParams& p, const Segment& rows,
+                                    DecideShared& shared) {
   const Rules rules(p.state, rows.slot);
   load(p, rows, shared);
   apply_strategy(p, rows, rules, shared);

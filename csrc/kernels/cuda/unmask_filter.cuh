@@ -255,8 +255,8 @@ __device__ int32_t descend_to_nucleus(const Row& row, int32_t column, double tar
                                       FilterShared& shared) {
   target = fmax(target, 1e-30);  // of the largest logit, if nothing else
   for (;;) {
-    if (column < 0 || column >= row.logits.vocab_size) return column;  // not a number
-    const float x = fmaxf(load_element(row.logits.data + column), kLowest);
+    if (column >= row.logits.vocab_size) return column;  // not a number
+    const float x = fmaxf(row.logits.at(column), kLowest);
     if (mass_above(row, x, shared) < target) return column;
     column = draw_from(row, x, /*above=*/true, shared);
   }

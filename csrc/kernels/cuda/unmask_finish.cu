@@ -8,6 +8,8 @@
 namespace optimus::cuda::unmasking {
 namespace {
 
+constexpr int kCtasPerSm = 4;
+
 // What is left to do for a row, for the whole CTA.
 enum class Left : uint8_t { nothing, filter, decide };
 
@@ -82,14 +84,9 @@ __device__ int32_t find_column(const LogitsRow<T, kVector>& row, const Tile<T>& 
   return warp_min(column);
 }
 
-// By one thread, which then tells whether the row is its slot's last to be finished. Token and sums
-// are those of a row.
-template <class T, bool kVector>
-__device__ Left write_candidate(const UnmaskParams& p, const Workspace& workspace, int row,
-                                const RowSums& sums, float rate, int32_t token,
-                                const Segment& slot_rows) {
-  if (token < 0 || token >= p.vocab_size) token = 0;  // not a number, everywhere
-  const float logit = load_element(LogitsRow<T, kVector>(p, row).data + token);
+// By one thread: the row's candidate, of logit `logit`.
+__device__ void write_candidate(const UnmaskParams& p, int row, const RowSums& sums, float rate,
+                                int32_t token, float logit) {
   // The exponents that the sums saw: a confidence never exceeds 1.
   const float exponent = exponent_of(logit, rate, reference_of(sums.max, rate));
   const float plain_exponent = exponent_of(logit, kLog2E, reference_of(sums.max, kLog2E));
@@ -97,40 +94,53 @@ __device__ Left write_candidate(const UnmaskParams& p, const Workspace& workspac
   p.out.logprob[row] = kLn2 * plain_exponent - logf(sums.plain_sum);
   p.out.confidence[row] = exp2_fast(exponent) / sums.sum;
   p.out.entropy[row] = logf(sums.sum) - kLn2 * sums.weighted / sums.sum;
-  __threadfence();  // the candidate before the arrival, and the others' arrivals before theirs
-  const uint32_t before = atomicAdd(workspace.arrived + slot_rows.begin, 1u);
-  __threadfence();
+}
+
+// By the thread that wrote a candidate: whether it is the last of its slot. Then the others' are
+// visible.
+__device__ Left arrive(const Workspace& workspace, const Segment& slot_rows) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(workspace.arrived + slot_rows.begin)
+               : "memory");
   return before + 1 == uint32_t(slot_rows.count) ? Left::decide : Left::nothing;
 }
 
-// By a warp. The result is lane 0's.
+// By a warp. The result is lane 0's. Loads do not wait for each other where they need not.
 template <class T, bool kVector>
-__device__ Left finish_row(const UnmaskParams& p, const Workspace& workspace, int num_tiles,
-                           int row, int num_rows, Shared& shared) {
-  const int slot = p.logit_slots[row];
-  if (slot < 0) return Left::nothing;
+__device__ __forceinline__ Left finish_row(const UnmaskParams& p, const Workspace& workspace,
+                                           int num_tiles, int row, int num_rows, Shared& shared) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const RowSums* tiles = workspace.tiles + size_t(row) * num_tiles;
-  const Sampling sampling(p, slot);
-  const Segment slot_rows = segment_around(p, row, slot, num_rows);
+  const int slot = p.logit_slots[row];
+  const Neighbours neighbours(p, row - 1 - lane, row + 1 + lane, num_rows);
   const Peak peak = find_peak(tiles, num_tiles);
+  if (slot < 0) return Left::nothing;
   const LogitsRow<T, kVector> logits(p, row);
-  Tile<T> tile;  // of the argmax, on its way while the sums are added up
-  if (!sampling.sampled) tile.load(logits, peak.tile);
+  Tile<T> tile;  // of the argmax
+  tile.load(logits, peak.tile);
+  const Sampling sampling(p, slot);
+  const Segment slot_rows = segment_around(p, row, slot, num_rows, neighbours);
   const RowSums sums = add_tiles(tiles, num_tiles, peak.max, sampling.rate());
-  const int32_t token =
-      sampling.sampled ? sums.sampled : find_column(logits, tile, peak.tile, peak.max);
-  if (threadIdx.x % kWarp != 0) return Left::nothing;
-  const int warp = threadIdx.x / kWarp;
+  int32_t token = find_column(logits, tile, peak.tile, peak.max);
+  if (lane != 0) return Left::nothing;
   shared.slot_rows[warp] = slot_rows;
   shared.sums[warp] = sums;
   if (sampling.filtered()) return Left::filter;
-  return write_candidate<T, kVector>(p, workspace, row, sums, sampling.rate(), token, slot_rows);
+  float logit = sums.max;
+  if (sampling.sampled) {
+    token = sums.sampled;
+    logit = logits.at(token);
+  }
+  write_candidate(p, row, sums, sampling.rate(), token < p.vocab_size ? token : 0, logit);
+  return arrive(workspace, slot_rows);
 }
 
 // By the CTA, of a row that finish_row left. Thread 0's result counts.
 template <class T, bool kVector>
-__device__ Left filter_row(const UnmaskParams& p, const Workspace& workspace, int num_tiles,
-                           int row, int warp, Shared& shared) {
+__device__ __noinline__ Left filter_row(const UnmaskParams& p, const Workspace& workspace,
+                                        int num_tiles, int row, int warp, Shared& shared) {
   const Segment slot_rows = shared.slot_rows[warp];
   const Sampling sampling(p, slot_rows.slot);
   const FilteredRow<T, kVector> filtered{LogitsRow<T, kVector>(p, row),
@@ -141,14 +151,16 @@ __device__ Left filter_row(const UnmaskParams& p, const Workspace& workspace, in
                                          num_tiles};
   const int32_t token = sample_filtered(filtered, shared.filter);
   if (threadIdx.x > 0) return Left::nothing;
-  return write_candidate<T, kVector>(p, workspace, row, filtered.sums, sampling.rate(), token,
-                                     slot_rows);
+  write_candidate(p, row, filtered.sums, sampling.rate(), token < p.vocab_size ? token : 0,
+                  filtered.logits.at(token));
+  return arrive(workspace, slot_rows);
 }
 
 // Rows b, b + gridDim.x, ... belong to CTA b, a warp each; then the CTA turns to what they left.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, 4)
-    finish_kernel(UnmaskParams p, Workspace workspace, int num_tiles) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm)
+    finish_kernel(const __grid_constant__ UnmaskParams p,
+                  const __grid_constant__ Workspace workspace, int num_tiles) {
   __shared__ Shared shared;
   wait_for_previous_kernel();
   const int warp = threadIdx.x / kWarp, num_rows = num_real_rows(p);
@@ -179,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 void launch_finish(const UnmaskParams& params, const Workspace& workspace, bool vector,
                    cudaStream_t stream) {
-  const int grid = std::min(params.num_logit_rows, device_properties().num_sms);
+  const int grid = std::min(params.num_logit_rows, kCtasPerSm * device_properties().num_sms);
   LaunchShape shape{dim3(grid), dim3(kThreads)};
   dispatch_device_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -7,8 +7,10 @@
 namespace optimus::cuda::unmasking {
 namespace {
 
-// CTAs per SM: with 64 registers a thread, they leave room for a CTA of the next kernel.
-constexpr int kCtasPerSm = 3;
+// One CTA per SM, so that all SMs have equal shares wherever the CTAs go. With 64 registers a thread it
+// leaves room for a CTA of the next kernel.
+constexpr int kScanWarps = 24;
+constexpr int kThreadsOf64Registers = 1024;
 
 // Two packed bf16.
 __device__ __forceinline__ __nv_bfloat162 as_pair(uint32_t bits) {
@@ -58,7 +60,7 @@ struct Place {
   int row, index;
 
   __device__ __forceinline__ void advance(int num_tiles) {
-    for (index += kWarps; index >= num_tiles; index -= num_tiles) ++row;
+    for (index += kScanWarps; index >= num_tiles; index -= num_tiles) ++row;
   }
 };
 
@@ -116,26 +118,30 @@ __device__ __forceinline__ float finish_load(const LogitsRow<T, kVector>& row, i
   return largest;
 }
 
-// What a warp knows of the row it works on.
-struct RowState {
-  int row = -1, slot = -1;  // slot -1: padding
-  bool sampled = false, draws = false;
-  float scale = 1.0f;
-  uint64_t key = 0;
-  float best = -INFINITY;  // noisy logit that the warp has found in the row's tiles so far
+enum class RowKind { padding, greedy, sampled };
 
-  __device__ __forceinline__ void enter(const UnmaskParams& p, int new_row) {
-    row = new_row;
-    slot = p.logit_slots[row];
-    if (slot < 0) return;
-    const Sampling sampling(p, slot);
-    scale = sampling.scale;
-    sampled = sampling.sampled;
-    draws = sampled && sampling.top_k == 0;
-    best = -INFINITY;
-    if (draws) key = noise_key_of(p, row, slot);
-  }
+// What a warp knows of a sampled row it works on.
+struct SampledRow {
+  uint64_t key;  // of its noise
+  float scale;   // 1 / temperature
+  bool draws;    // from all columns: no top-k comes first
+  float best;    // noisy logit that the warp has found in the row's tiles so far
 };
+
+__device__ __forceinline__ RowKind enter_row(const UnmaskParams& p, int row, SampledRow& sampled) {
+  const int slot = p.logit_slots[row];
+  if (slot < 0) return RowKind::padding;
+  const Sampling sampling(p, slot);
+  if (!sampling.sampled) return RowKind::greedy;
+  __syncwarp();  // the row before is done
+  if (threadIdx.x % kWarp == 0) {
+    const bool draws = sampling.top_k == 0;
+    const uint64_t key = draws ? noise_key_of(p, row, slot) : 0;
+    sampled = {key, sampling.scale, draws, -INFINITY};
+  }
+  __syncwarp();
+  return RowKind::sampled;
+}
 
 template <class T>
 __device__ __forceinline__ void add_greedy(const Tile<T>& tile, RowSums& sums) {
@@ -158,12 +164,13 @@ __device__ __forceinline__ void add_greedy(const Tile<T>& tile, RowSums& sums) {
 // Also the sums at temperature 1, and the best column under noise unless a top-k comes first. The loop
 // over chunks is not unrolled, to save registers and instructions: the chunks move up, and are lost.
 template <class T>
-__device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, RowState& state,
+__device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, SampledRow& row,
                                             RowSums& sums) {
-  const float rate = state.scale * kLog2E;
+  const bool draws = row.draws;
+  const float rate = row.scale * kLog2E;
   const float reference = reference_of(sums.max, rate);
   const float plain_reference = reference_of(sums.max, kLog2E);
-  Draw draw(state.scale, state.key, reference, state.best);
+  Draw draw(row.scale, row.key, reference, row.best);
 #pragma unroll 1
   for (int i = 0; i < kTileChunkRows; ++i) {
     float x[kChunk], weight[kChunk];
@@ -176,27 +183,34 @@ __device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, RowState& 
       sums.weighted += weight[j] * exponent;
       sums.plain_sum += exp2_fast(exponent_of(x[j], kLog2E, plain_reference));
     }
-    if (state.draws) draw.add(x, weight, tile.chunk(index, i) * kChunk);
+    if (draws) draw.add(x, weight, tile.chunk(index, i) * kChunk);
 #pragma unroll
     for (int k = 1; k < kTileChunkRows; ++k) tile.raw[k - 1] = tile.raw[k];
   }
   sums.sum = reduce_lanes(sums.sum, Sum());
   sums.weighted = reduce_lanes(sums.weighted, Sum());
   sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
-  if (!state.draws) return;
-  state.best = draw.best;
+  if (!draws) return;
+  row.best = draw.best;  // the same in all lanes
   draw.reduce_lanes();
   sums.noisy = draw.noisy;
   sums.sampled = draw.column;
 }
 
-// A CTA works on a range of all tiles, counted row by row; its warps take turns.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm + 1)
+struct ScanShared {
+  Ring<T> rings[kVector ? kScanWarps : 1];
+  SampledRow sampled[kScanWarps];
+};
+
+// A CTA works on a range of all tiles; its warps take turns.
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreadsOf64Registers, 1)
     scan_kernel(UnmaskParams p, Workspace workspace, int num_tiles) {
   using Row = LogitsRow<T, kVector>;
   constexpr int kStages = Ring<T>::kStages;
-  __shared__ Ring<T> rings[kVector ? kWarps : 1];
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<ScanShared<T, kVector>*>(shared_bytes);
   wait_for_previous_kernel();
   const int warp = threadIdx.x / kWarp;
   const uint32_t total = num_real_rows(p) * num_tiles;
@@ -207,51 +221,57 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm + 1)
   Place place{int(item / num_tiles), int(item % num_tiles)}, ahead = place;
   auto start_copy = [&](uint32_t number, int stage) {
     if constexpr (kVector) {
-      if (number < end) rings[warp].start_copy(stage, Row(p, ahead.row), ahead.index);
+      if (number < end) shared.rings[warp].start_copy(stage, Row(p, ahead.row), ahead.index);
       ptx::copies_commit();
       ahead.advance(num_tiles);
     }
   };
-  for (int stage = 0; stage < kStages; ++stage) start_copy(item + stage * kWarps, stage);
-  RowState state;
-  for (int stage = 0; item < end; item += kWarps, stage = kStages - 1 - stage) {
-    if (place.row != state.row) state.enter(p, place.row);
+  for (int stage = 0; stage < kStages; ++stage) start_copy(item + stage * kScanWarps, stage);
+  int row_entered = -1;
+  RowKind kind = RowKind::padding;
+  for (int stage = 0; item < end; item += kScanWarps, stage = kStages - 1 - stage) {
+    if (place.row != row_entered) kind = enter_row(p, place.row, shared.sampled[warp]);
+    row_entered = place.row;
     const Row row(p, place.row);
     Tile<T> tile;
     if constexpr (kVector) {
       ptx::copies_wait_group<kStages - 1>();
-      rings[warp].take(stage, tile);
+      shared.rings[warp].take(stage, tile);
     } else {
       tile.load(row, place.index);
     }
     RowSums sums{warp_max(finish_load(row, place.index, tile)), 0, 0, 0, -INFINITY, INT32_MAX, {}};
-    start_copy(item + kStages * kWarps, stage);
-    if (state.slot >= 0) {
-      if (state.sampled) {
-        add_sampled(tile, place.index, state, sums);
-      } else {
-        add_greedy(tile, sums);
-      }
-      if (threadIdx.x % kWarp == 0) {
-        workspace.tiles[item] = sums;
-        if (place.index == 0) workspace.arrived[place.row] = 0;
-      }
+    start_copy(item + kStages * kScanWarps, stage);
+    if (kind == RowKind::greedy) add_greedy(tile, sums);
+    if (kind == RowKind::sampled) add_sampled(tile, place.index, shared.sampled[warp], sums);
+    if (kind != RowKind::padding && threadIdx.x % kWarp == 0) {
+      workspace.tiles[item] = sums;
+      if (place.index == 0) workspace.arrived[place.row] = 0;
     }
     place.advance(num_tiles);
   }
+}
+
+template <class T, bool kVector>
+void launch_scan_kernel(const UnmaskParams& params, const Workspace& workspace, int num_tiles,
+                        cudaStream_t stream) {
+  const int64_t tiles = int64_t(params.num_logit_rows) * num_tiles;
+  const int grid = std::min<int64_t>(tiles, device_properties().num_sms);
+  const int shared_bytes = sizeof(ScanShared<T, kVector>);
+  OPTIMUS_CUDA_CHECK(cudaFuncSetAttribute(
+      scan_kernel<T, kVector>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  launch(scan_kernel<T, kVector>, {dim3(grid), dim3(kScanWarps * kWarp), 1, size_t(shared_bytes)},
+         stream, params, workspace, num_tiles);
 }
 
 }  // namespace
 
 void launch_scan(const UnmaskParams& params, const Workspace& workspace, bool vector,
                  cudaStream_t stream) {
-  const int num = num_tiles(params.vocab_size);
-  const int64_t tiles = int64_t(params.num_logit_rows) * num;
-  const int grid = std::min<int64_t>(tiles, kCtasPerSm * device_properties().num_sms);
   dispatch_device_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(vector ? scan_kernel<T, true> : scan_kernel<T, false>, {dim3(grid), dim3(kThreads)},
-           stream, params, workspace, num);
+    const auto launch_kernel = vector ? launch_scan_kernel<T, true> : launch_scan_kernel<T, false>;
+    launch_kernel(params, workspace, num_tiles(params.vocab_size), stream);
   });
 }
 
