@@ -8,7 +8,7 @@
 namespace optimus::cuda::unmasking {
 namespace {
 
-constexpr int kCtasPerSm = 4;
+constexpr int kCtasPerSm = 2;  // more would spill registers
 
 // What is left to do for a row, for the whole CTA.
 enum class Left : uint8_t { nothing, filter, decide };

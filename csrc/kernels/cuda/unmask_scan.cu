@@ -7,10 +7,10 @@
 namespace optimus::cuda::unmasking {
 namespace {
 
-// One CTA per SM, so that all SMs have equal shares wherever the CTAs go. With 64 registers a thread it
-// leaves room for a CTA of the next kernel.
-constexpr int kScanWarps = 24;
-constexpr int kThreadsOf64Registers = 1024;
+// One CTA per SM, so that all SMs have equal shares wherever the CTAs go. More warps would be short of
+// registers.
+constexpr int kScanWarps = 16;
+constexpr int kScanThreads = kScanWarps * kWarp;
 
 // Two packed bf16.
 __device__ __forceinline__ __nv_bfloat162 as_pair(uint32_t bits) {
@@ -205,7 +205,7 @@ struct ScanShared {
 
 // A CTA works on a range of all tiles; its warps take turns.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreadsOf64Registers, 1)
+__global__ void __launch_bounds__(kScanThreads, 1)
     scan_kernel(UnmaskParams p, Workspace workspace, int num_tiles) {
   using Row = LogitsRow<T, kVector>;
   constexpr int kStages = Ring<T>::kStages;
@@ -260,8 +260,8 @@ void launch_scan_kernel(const UnmaskParams& params, const Workspace& workspace, 
   const int shared_bytes = sizeof(ScanShared<T, kVector>);
   OPTIMUS_CUDA_CHECK(cudaFuncSetAttribute(
       scan_kernel<T, kVector>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  launch(scan_kernel<T, kVector>, {dim3(grid), dim3(kScanWarps * kWarp), 1, size_t(shared_bytes)},
-         stream, params, workspace, num_tiles);
+  launch(scan_kernel<T, kVector>, {dim3(grid), dim3(kScanThreads), 1, size_t(shared_bytes)}, stream,
+         params, workspace, num_tiles);
 }
 
 }  // namespace
