@@ -31,6 +31,7 @@ struct Product {
   size_t bytes() const { return size_t(n) * k * kElement; }
 };
 constexpr int kProducts = 4;
+constexpr int kGateUpProduct = 2;
 constexpr unsigned kAllKernels = 0xf;
 constexpr Product kLayer[kProducts] = {{"qkv", (kQHeads + 2 * kKvHeads) * kHeadDim, kHidden},
                                        {"out", kHidden, kQHeads* kHeadDim},
@@ -107,22 +108,27 @@ class Bench {
   GemmParams params(int product, int rows, char* weight) {
     constexpr int kX[] = {kNormed, kQ, kNormed, kActivated};
     constexpr int kOut[] = {kQkv, kHiddenStates, kGateUp, kHiddenStates};
+    const bool silu = silu_ && product == kGateUpProduct;
     return {buffers_[kX[product]].data(),
             weight,
-            buffers_[kOut[product]].data(),
+            buffers_[silu ? kActivated : kOut[product]].data(),
             rows,
             kLayer[product].n,
             kLayer[product].k,
             kType,
             kType,
             workspace_.data(),
-            workspace_.size()};
+            workspace_.size(),
+            silu};
   }
 
   void run(int rows, const char* whose, cuda::GemmKernels kernels) {
     const auto begin = std::chrono::steady_clock::now();
     std::string chosen;
     char* weight = weights_.data();
+    silu_ = false;
+    silu_ = kernels != cuda::GemmKernels::library &&
+            cuda::gemm_takes_silu(params(kGateUpProduct, rows, weight));
     for (int i = 0; i < kProducts; ++i) {
       const GemmParams product = params(i, rows, weight);
       cuda::plan_gemm(product, /*measure=*/true, stream_, kernels);
@@ -135,7 +141,7 @@ class Bench {
     if (kernels == cuda::GemmKernels::any) {
       time("  without rms_norm", rows, kAllKernels & ~5u);
       time("  without qk_norm_rope_kv_write", rows, kAllKernels & ~2u);
-      time("  without silu_mul", rows, kAllKernels & ~8u);
+      if (!silu_) time("  without silu_mul", rows, kAllKernels & ~8u);
     }
     std::printf("  planned in %.0f ms:%s\n", ms.count(), chosen.c_str());
   }
@@ -163,7 +169,7 @@ class Bench {
     double us = time_us(stream_, kLayers, [&](int layer, cudaStream_t stream) {
       char* weight = weights_.data() + layer * layer_bytes();
       for (int i = 0; i < kProducts; ++i) {
-        if (small_kernels >> i & 1) small_kernel(i, rows, stream);
+        if ((small_kernels >> i & 1) && !(i == 3 && silu_)) small_kernel(i, rows, stream);
         cuda::gemm(params(i, rows, weight), stream);
         weight += kLayer[i].bytes();
       }
@@ -182,6 +188,7 @@ class Bench {
   DeviceBuffer<float> inv_freq_{kHeadDim / 2};
   Ceilings ceilings_;
   std::vector<Result> results_;
+  bool silu_ = false;  // the gate_up product gives the activation, and silu_mul is not needed
 };
 
 }  // namespace

@@ -22,6 +22,14 @@ void* allocate_on_cpu(size_t bytes) {
   return data;
 }
 
+void copy_on_host(void* to, size_t to_stride, const void* from, size_t from_stride, size_t bytes,
+                  size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    std::memcpy(static_cast<char*>(to) + i * to_stride,
+                static_cast<const char*>(from) + i * from_stride, bytes);
+  }
+}
+
 double now_ms() {
   return std::chrono::duration<double, std::milli>(
              std::chrono::steady_clock::now().time_since_epoch())
@@ -115,6 +123,14 @@ void copy_memory(void* to, const void* from, size_t bytes, Device device) {
     return;
   }
   OPTIMUS_CUDA_CHECK(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
+  OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(nullptr));
+}
+
+void copy_memory_strided(void* to, size_t to_stride, const void* from, size_t from_stride,
+                         size_t bytes, size_t count, Device device) {
+  if (device == Device::cpu) return copy_on_host(to, to_stride, from, from_stride, bytes, count);
+  OPTIMUS_CUDA_CHECK(
+      cudaMemcpy2D(to, to_stride, from, from_stride, bytes, count, cudaMemcpyDefault));
   OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(nullptr));
 }
 
@@ -222,6 +238,11 @@ void release_host_memory(void* data, Device) noexcept { std::free(data); }
 
 void copy_memory(void* to, const void* from, size_t bytes, Device) {
   if (bytes > 0) std::memcpy(to, from, bytes);  // or the pointers may be null
+}
+
+void copy_memory_strided(void* to, size_t to_stride, const void* from, size_t from_stride,
+                         size_t bytes, size_t count, Device) {
+  copy_on_host(to, to_stride, from, from_stride, bytes, count);
 }
 
 Stream::Stream(Device device) : device_(device) {

@@ -30,6 +30,9 @@ void* allocate_host_memory(size_t bytes, Device device);
 void release_host_memory(void* data, Device device) noexcept;
 // Between any two places; done on return. On CUDA not ordered with any Stream.
 void copy_memory(void* to, const void* from, size_t bytes, Device device);
+// `count` pieces of `bytes`, `to_stride` and `from_stride` bytes apart.
+void copy_memory_strided(void* to, size_t to_stride, const void* from, size_t from_stride,
+                         size_t bytes, size_t count, Device device);
 
 // An ordered queue of work. On the CPU work is done at once, and handle() is null.
 class Stream {

@@ -59,6 +59,16 @@ void plan_gemm(const GemmParams& params, const Execution& execution) {
 #endif
 }
 
+bool gemm_takes_silu(const GemmParams& params, const Execution& execution) {
+#if defined(OPTIMUS_WITH_CUDA)
+  return execution.device == Device::cuda && cuda::gemm_takes_silu(params);
+#else
+  static_cast<void>(params);
+  static_cast<void>(execution);
+  return false;
+#endif
+}
+
 size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size) {
 #if defined(OPTIMUS_WITH_CUDA)
   return cuda::unmask_workspace_bytes(num_logit_rows, vocab_size);

@@ -47,12 +47,15 @@ struct RmsNormParams {
 };
 void rms_norm(const RmsNormParams&, const Execution&);
 
-// out = silu(gate) * up, where a row of gate_up is [gate | up].
+// out = silu(gate) * up, where a row of gate_up is [gate | up], or with `in_turn` kGatesInTurn gates,
+// as many ups, and so on (then intermediate is a multiple).
+constexpr int kGatesInTurn = 8;
 struct SiluMulParams {
   const void* gate_up;  // [rows, 2 * intermediate]
   void* out;            // [rows, intermediate]
   int rows, intermediate;
   DType dtype;
+  bool in_turn = false;
 };
 void silu_mul(const SiluMulParams&, const Execution&);
 
@@ -73,12 +76,17 @@ struct GemmParams {
   // CUDA only: scratch of the library, kGemmWorkspaceBytes is enough; calls in flight may not share.
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
+  // CUDA only, where gemm_takes_silu(): the rows of the weight are gates and ups in turn (see
+  // SiluMulParams), and out [rows, n / 2] = silu(gate) * up, of unrounded products.
+  bool silu = false;
 };
 constexpr size_t kGemmWorkspaceBytes = size_t(32) << 20;
 void gemm(const GemmParams&, const Execution&);
 // Before serving: measures the ways to compute this shape on the given buffers, which it overwrites,
 // and keeps the fastest for later calls. Does nothing on the CPU.
 void plan_gemm(const GemmParams&, const Execution&);
+// Whether gemm takes these with `silu`.
+bool gemm_takes_silu(const GemmParams&, const Execution&);
 size_t packed_gemm_weight_size(int n, int k);  // elements
 // weight [n, k] (row-major) -> packed; CPU only, done once at load.
 void pack_gemm_weight(const void* weight, void* packed, int n, int k, DType dtype);

@@ -16,10 +16,25 @@ Linear::Linear(int n, int k, DType dtype, Device device)
   loaded = Buffer<char>(size_t(n) * k * dtype_size(dtype), device);
 }
 
+Linear Linear::gate_up(int intermediate, int k, DType dtype, Device device) {
+  Linear linear(2 * intermediate, k, dtype, device);
+  linear.in_turn_ = device == Device::cuda && intermediate % kGatesInTurn == 0;
+  return linear;
+}
+
 void Linear::load_rows(int row_begin, int num_rows, const void* data) {
   Buffer<char>& loaded = device_ == Device::cuda ? weight_ : staging_;
   OPTIMUS_INVARIANT(loaded.size() > 0, "[linear] weights were loaded already");
   const size_t row_bytes = size_t(k_) * dtype_size(dtype_);
+  if (in_turn_) {
+    OPTIMUS_INVARIANT(num_rows == n_ / 2 && row_begin % num_rows == 0,
+                      "[linear] gates and ups are loaded whole, got rows ", row_begin, " + ",
+                      num_rows);
+    const size_t group = kGatesInTurn * row_bytes;
+    copy_memory_strided(loaded.data() + (row_begin > 0 ? group : 0), 2 * group, data, group, group,
+                        num_rows / kGatesInTurn, device_);
+    return;
+  }
   loaded.copy_in(row_begin * row_bytes, static_cast<const char*>(data), num_rows * row_bytes);
 }
 
@@ -38,18 +53,27 @@ GemmParams Linear::gemm_params(const void* x, void* out, int rows, Buffer<char>&
   return {x, weight_.data(), out, rows, n_, k_, dtype_, dtype_, workspace.data(), workspace.size()};
 }
 
+bool Linear::gives_silu(const void* x, void* out, int rows, Buffer<char>& workspace,
+                        const Execution& execution) const {
+  return in_turn_ && gemm_takes_silu(gemm_params(x, out, rows, workspace), execution);
+}
+
 void Linear::run(const void* x, void* out, int rows, Buffer<char>& workspace,
-                 const Execution& execution) const {
+                 const Execution& execution, bool silu) const {
   if (device_ == Device::cpu && row_major_) {
     bf16_gemm(x, weight_.data(), out, rows, n_, k_, *execution.threads);
   } else {
-    gemm(gemm_params(x, out, rows, workspace), execution);
+    GemmParams params = gemm_params(x, out, rows, workspace);
+    params.silu = silu;
+    gemm(params, execution);
   }
 }
 
 void Linear::plan(const void* x, void* out, int rows, Buffer<char>& workspace,
                   const Execution& execution) const {
-  plan_gemm(gemm_params(x, out, rows, workspace), execution);
+  GemmParams params = gemm_params(x, out, rows, workspace);
+  params.silu = gives_silu(x, out, rows, workspace, execution);
+  plan_gemm(params, execution);
 }
 
 }  // namespace optimus

@@ -18,6 +18,9 @@ class Linear {
  public:
   Linear() = default;
   Linear(int n, int k, DType dtype, Device device);
+  // Of 2 * intermediate rows, loaded as [gate | up]; on CUDA gates and ups come in turn in the weight
+  // and in the products (see SiluMulParams).
+  static Linear gate_up(int intermediate, int k, DType dtype, Device device);
 
   // Copies rows [row_begin, row_begin + num_rows) from `data`, row-major [num_rows, k] in `dtype()`.
   void load_rows(int row_begin, int num_rows, const void* data);
@@ -28,9 +31,13 @@ class Linear {
   const void* weight() const { return weight_.data(); }
   bool is_packed() const { return !row_major_; }
 
-  // x [rows, k] -> out [rows, n]. `workspace` (CUDA): kGemmWorkspaceBytes.
-  void run(const void* x, void* out, int rows, Buffer<char>& workspace,
-           const Execution& execution) const;
+  // x [rows, k] -> out [rows, n], or with `silu`, where gives_silu(), the activation [rows, n / 2].
+  // `workspace` (CUDA): kGemmWorkspaceBytes.
+  void run(const void* x, void* out, int rows, Buffer<char>& workspace, const Execution& execution,
+           bool silu = false) const;
+  bool is_in_turn() const { return in_turn_; }
+  bool gives_silu(const void* x, void* out, int rows, Buffer<char>& workspace,
+                  const Execution& execution) const;
   // Before serving: chooses how `rows` rows are computed, on the given buffers.
   void plan(const void* x, void* out, int rows, Buffer<char>& workspace,
             const Execution& execution) const;
@@ -42,7 +49,7 @@ class Linear {
   int n_ = 0, k_ = 0;
   DType dtype_ = DType::float32;
   Device device_ = Device::cpu;
-  bool row_major_ = false;
+  bool row_major_ = false, in_turn_ = false;
   Buffer<char> staging_;  // [n, k] row-major while loading; CPU only
   Buffer<char> weight_;   // row-major or packed
 };

@@ -148,7 +148,7 @@ Model::Model(const ModelConfig& config, Device device) : config_(config), device
     Layer& layer = layers_[i];
     layer.qkv = Linear(q_size + 2 * kv_size, c.hidden_size, c.dtype, device);
     layer.o = Linear(c.hidden_size, q_size, c.dtype, device);
-    layer.gate_up = Linear(2 * c.intermediate_size, c.hidden_size, c.dtype, device);
+    layer.gate_up = Linear::gate_up(c.intermediate_size, c.hidden_size, c.dtype, device);
     layer.down = Linear(c.hidden_size, c.intermediate_size, c.dtype, device);
     layer.input_norm = vector_buffer(c.hidden_size);
     layer.post_attention_norm = vector_buffer(c.hidden_size);
@@ -282,6 +282,15 @@ void Model::attention(const Layer& layer, int layer_idx, const ForwardBatch& b, 
   layer.o.run(a.attended.data(), a.hidden.data(), b.num_rows, a.gemm_workspace, e);
 }
 
+// normed -> activated, or without the activation -> gate_up; returns whether with it.
+bool Model::run_gate_up(const Layer& layer, int rows, Activations& a, const Execution& e) const {
+  const bool silu =
+      layer.gate_up.gives_silu(a.normed.data(), a.activated.data(), rows, a.gemm_workspace, e);
+  void* out = silu ? a.activated.data() : a.gate_up.data();
+  layer.gate_up.run(a.normed.data(), out, rows, a.gemm_workspace, e, silu);
+  return silu;
+}
+
 void Model::forward(const ForwardBatch& b, KvCache& kv, Activations& a, const Execution& e) const {
   const ModelConfig& c = config_;
   auto norm = [&](const void* x, void* residual, const Buffer<char>& weight) {
@@ -299,8 +308,11 @@ void Model::forward(const ForwardBatch& b, KvCache& kv, Activations& a, const Ex
     const Layer& layer = layers_[i];
     attention(layer, i, b, kv, a, e);
     norm(a.hidden.data(), a.residual.data(), layer.post_attention_norm);
-    layer.gate_up.run(a.normed.data(), a.gate_up.data(), b.num_rows, a.gemm_workspace, e);
-    silu_mul({a.gate_up.data(), a.activated.data(), b.num_rows, c.intermediate_size, c.dtype}, e);
+    if (!run_gate_up(layer, b.num_rows, a, e)) {
+      silu_mul({a.gate_up.data(), a.activated.data(), b.num_rows, c.intermediate_size, c.dtype,
+                layer.gate_up.is_in_turn()},
+               e);
+    }
     layer.down.run(a.activated.data(), a.hidden.data(), b.num_rows, a.gemm_workspace, e);
     if (i + 1 < c.num_layers) norm(a.hidden.data(), a.residual.data(), layers_[i + 1].input_norm);
   }
@@ -317,7 +329,7 @@ void Model::run_gemms(int rows, Activations& a, const Execution& e) const {
   for (const Layer& layer : layers_) {
     layer.qkv.run(a.normed.data(), a.qkv.data(), rows, a.gemm_workspace, e);
     layer.o.run(a.attended.data(), a.hidden.data(), rows, a.gemm_workspace, e);
-    layer.gate_up.run(a.normed.data(), a.gate_up.data(), rows, a.gemm_workspace, e);
+    run_gate_up(layer, rows, a, e);
     layer.down.run(a.activated.data(), a.hidden.data(), rows, a.gemm_workspace, e);
   }
   lm_head_.run(a.hidden.data(), a.logits.data(), rows, a.gemm_workspace, e);

@@ -120,6 +120,7 @@ void run_items(const GemmParams& params, const RowGroups& groups, int64_t begin,
 }  // namespace
 
 void gemm(const GemmParams& params, ThreadPool& threads) {
+  OPTIMUS_CHECK(!params.silu, "[gemm] silu is for CUDA alone");
   OPTIMUS_CHECK(params.rows >= 0 && params.n >= 1 && params.k >= 1,
                 "[gemm] need rows >= 0, n >= 1, k >= 1, got rows ", params.rows, ", n ", params.n,
                 ", k ", params.k);

@@ -13,6 +13,9 @@ void silu_mul(const SiluMulParams& params, ThreadPool& threads) {
   OPTIMUS_CHECK(params.rows >= 0 && params.intermediate >= 1,
                 "[silu_mul] need rows >= 0 and intermediate >= 1, got rows ", params.rows,
                 ", intermediate ", params.intermediate);
+  OPTIMUS_CHECK(!params.in_turn || params.intermediate % kGatesInTurn == 0,
+                "[silu_mul] gates in turn come by ", kGatesInTurn, ", got intermediate ",
+                params.intermediate);
   if (params.rows == 0) return;
   OPTIMUS_CHECK(params.gate_up != nullptr && params.out != nullptr,
                 "[silu_mul] null pointer for gate_up or out");
@@ -25,8 +28,12 @@ void silu_mul(const SiluMulParams& params, ThreadPool& threads) {
                          [&](int64_t begin, int64_t end) {
                            for (int64_t i = begin; i < end; ++i) {
                              const T* gate = gate_up + i * 2 * width;
-                             simd_kernels<T>().silu_mul(gate, gate + width, out + i * width,
-                                                        params.intermediate);
+                             const size_t group = params.in_turn ? kGatesInTurn : width;
+                             for (size_t at = 0; at < width; at += group) {
+                               simd_kernels<T>().silu_mul(gate + 2 * at, gate + 2 * at + group,
+                                                          out + i * width + at,
+                                                          static_cast<int>(group));
+                             }
                            }
                          });
   });

@@ -20,7 +20,8 @@ namespace optimus::cuda {
 namespace {
 
 using Choice = std::variant<CublasLtGemm, StreamGemm>;
-using Shape = std::tuple<int, int, int, int, DType, DType>;  // device, rows, n, k, dtypes
+using Shape =
+    std::tuple<int, int, int, int, DType, DType, bool>;  // device, rows, n, k, dtypes, silu
 
 // Rows that share a kernel: the buckets of captured graphs, coarser for prefill.
 int rows_bucket(int rows) {
@@ -31,7 +32,7 @@ int rows_bucket(int rows) {
 Shape shape_of(const GemmParams& params, int rows) {
   int device = 0;
   OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
-  return {device, rows, params.n, params.k, params.dtype, params.out_dtype};
+  return {device, rows, params.n, params.k, params.dtype, params.out_dtype, params.silu};
 }
 
 GemmParams with_rows(GemmParams params, int rows) {
@@ -158,10 +159,10 @@ class Plans {
     const Shape bucket = shape_of(params, rows_bucket(params.rows));
     if (kernels == GemmKernels::any && choices_.count(bucket)) return;
     std::vector<Choice> found;
-    if (kernels != GemmKernels::stream) {
+    if (kernels != GemmKernels::stream && !params.silu) {
       for (const CublasLtGemm& choice : cublaslt_gemm_candidates(params)) found.push_back(choice);
     }
-    if (kernels == GemmKernels::stream || (kernels == GemmKernels::any && measure)) {
+    if (kernels == GemmKernels::stream || (kernels == GemmKernels::any && measure) || params.silu) {
       for (const StreamGemm& way : stream_gemm_candidates(params)) found.push_back(way);
     }
     OPTIMUS_CHECK(!found.empty(), "[gemm] the streaming kernel does not take rows ", params.rows,
@@ -183,8 +184,10 @@ class Plans {
     const Shape shape = shape_of(params, key);
     auto choice = choices_.find(shape);
     if (choice == choices_.end()) {
-      choice =
-          choices_.emplace(shape, cublaslt_gemm_candidates(with_rows(params, rows)).front()).first;
+      const GemmParams planned = with_rows(params, rows);
+      choice = params.silu
+                   ? choices_.emplace(shape, stream_gemm_candidates(planned).front()).first
+                   : choices_.emplace(shape, cublaslt_gemm_candidates(planned).front()).first;
     }
     return choice->second;
   }
@@ -205,6 +208,8 @@ void check_params(const GemmParams& params) {
                 "[gemm] rows of x and out must be multiples of ", kGemmAlignment, " bytes, got ",
                 row_bytes, " and ", out_bytes);
   if (params.rows == 0) return;
+  OPTIMUS_CHECK(!params.silu || stream_gemm_takes(params), "[gemm] silu is not for rows ",
+                params.rows, ", n ", params.n, ", k ", params.k, " here");
   OPTIMUS_CHECK(params.x != nullptr && params.packed_weight != nullptr && params.out != nullptr,
                 "[gemm] null pointer for x, packed_weight or out");
 }
@@ -219,6 +224,12 @@ void plan_gemm(const GemmParams& params, bool measure, cudaStream_t stream, Gemm
 void gemm(const GemmParams& params, cudaStream_t stream) {
   check_params(params);
   if (params.rows > 0) Plans::instance().run(params, stream);
+}
+
+bool gemm_takes_silu(const GemmParams& params) {
+  GemmParams with_silu = params;
+  with_silu.silu = true;
+  return !stream_gemm_candidates(with_silu).empty();
 }
 
 std::string describe_gemm(const GemmParams& params) { return Plans::instance().describe(params); }

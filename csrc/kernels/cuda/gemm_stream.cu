@@ -85,6 +85,7 @@ stream::Args make_args(const GemmParams& params, const StreamGemm& way, const Va
   args.num_early_copies = way.num_early_copies;
   args.num_copies = way.num_copies;
   args.out_is_float = params.out_dtype == DType::float32;
+  args.silu = params.silu;
   return args;
 }
 
@@ -97,6 +98,7 @@ bool fits(const stream::Args& args, const StreamGemm& way, const Variant& varian
   const int end_bytes = variant.end_bytes(way.splits, ceil_div(args.groups(), way.splits));
   return args.rows <= way.tile_rows && way.splits <= args.num_chunks &&
          way.num_x_slots <= way.num_slots && ring.data_bytes() >= end_bytes &&
+         !(args.silu && args.adds_up()) &&
          (!args.adds_up() || way.ctas == way.splits * args.num_tiles);
 }
 
@@ -110,9 +112,10 @@ int shared_bytes_per_cta() {
 
 // One wave of CTAs with equal shares: the two finest splits of k that the SMs take, or whole tiles
 // in rounds. Too few CTAs do not keep the memory busy.
-std::vector<std::pair<int, int>> splits_and_ctas(int num_tiles, int num_chunks) {
+std::vector<std::pair<int, int>> splits_and_ctas(int num_tiles, int num_chunks, bool may_split) {
   const int sms = device_properties().num_sms;
   std::vector<std::pair<int, int>> found;
+  if (!may_split) return {{1, ceil_div(num_tiles, ceil_div(num_tiles, sms))}};
   for (int splits = std::min(kMaxSplits, num_chunks); splits > 1 && found.size() < 2; --splits) {
     if (splits * num_tiles <= sms) found.emplace_back(splits, splits * num_tiles);
   }
@@ -143,7 +146,8 @@ void set_slots(StreamGemm& way, const Variant& variant, int bytes) {
 
 // Compiled for compute capability 9.0 alone; tensor maps want alignment.
 bool stream_gemm_takes(const GemmParams& params) {
-  const size_t out_row = params.n * dtype_size(params.out_dtype);
+  const size_t out_row = params.n / (params.silu ? 2 : 1) * dtype_size(params.out_dtype);
+  if (params.silu && params.n % (2 * kGatesInTurn) != 0) return false;
   return device_properties().major == 9 && params.rows >= 1 && params.rows <= kStreamGemmMaxRows &&
          params.dtype == DType::bfloat16 && params.k % 8 == 0 && out_row % 16 == 0 &&
          is_aligned(params.x) && is_aligned(params.packed_weight) && is_aligned(params.out);
@@ -165,7 +169,7 @@ std::vector<StreamGemm> stream_gemm_candidates(const GemmParams& params) {
     set_slots(way, variant, bytes);
     const int num_tiles = ceil_div(params.n, way.tile_n);
     const int num_chunks = ceil_div(params.k, variant.stage_columns);
-    for (auto [splits, ctas] : splits_and_ctas(num_tiles, num_chunks)) {
+    for (auto [splits, ctas] : splits_and_ctas(num_tiles, num_chunks, !params.silu)) {
       way.splits = splits;
       way.ctas = ctas;
       if (!fits(make_args(params, way, variant), way, variant)) continue;

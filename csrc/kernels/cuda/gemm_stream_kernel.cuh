@@ -17,6 +17,7 @@
 // Code that runs once is slow to fetch: what is behind the products is short loops.
 #pragma once
 
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
@@ -33,7 +34,12 @@ struct Args {
   int num_early_copies;  // of the weight under way at a time, before the kernel's turn
   int num_copies;        // and after
   bool out_is_float;
+  bool silu;  // rows of the weight are 8 gates, 8 ups, ...: out [rows, n / 2] is the activation
 
+  // Columns of out, and of a tile of it.
+  __host__ __device__ int out_columns(int of_weight) const {
+    return silu ? of_weight / 2 : of_weight;
+  }
   // Sums go through shared memory; then a CTA has one tile.
   __host__ __device__ bool adds_up() const { return splits > 1 || out_is_float; }
   __host__ __device__ int groups() const { return (rows + 7) / 8; }
@@ -257,8 +263,21 @@ struct Consumer {
   // All consumers of the CTA.
   __device__ __forceinline__ void meet() const { ptx::named_barrier(1, Shape::kConsumers); }
 
-  // Straight to memory: 16 columns of out for the rows of a group.
+  // A thread's sums are a gate and the up of the same column, of two rows.
+  __device__ __forceinline__ static uint32_t activate(const float (&sums)[4]) {
+    return ptx::pack_bf16(cuda::silu(sums[0]) * sums[2], cuda::silu(sums[1]) * sums[3]);
+  }
+
+  // Straight to memory: 16 columns of out for the rows of a group, or 8 activations.
   __device__ __forceinline__ void store(int tile, int group, const float (&sums)[4]) const {
+    if (args.silu) {
+      const int row = group * 8 + lane / 4, column = (tile * kTileN + warp * 16) / 2 + lane % 4 * 2;
+      const uint32_t pair = ptx::transpose(activate(sums));
+      if (row >= args.rows || column >= args.n / 2) return;
+      *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(args.out) +
+                                   static_cast<size_t>(row) * (args.n / 2) + column) = pair;
+      return;
+    }
     // Transposed in registers, so that a thread has neighbours along n.
     const uint32_t low = ptx::transpose(ptx::pack_bf16(sums[0], sums[1]));
     const uint32_t high = ptx::transpose(ptx::pack_bf16(sums[2], sums[3]));
@@ -283,23 +302,29 @@ struct Consumer {
   // In two steps: to shared memory, [row][kTileN], then in rows of the tile's width. Of the groups in
   // shared memory, group i is group first + i * step of out.
   __device__ __forceinline__ void stage(uint32_t to, int group, const float (&sums)[4]) const {
+    if (args.silu) {
+      const uint32_t at = to + (group * 8 + lane / 4) * Shape::kOutRowBytes + warp * 16;
+      ptx::store_shared(at + lane % 4 * 4, ptx::transpose(activate(sums)));
+      return;
+    }
     ptx::store_transposed_x2(
         to + (group * 8 + lane % 8) * Shape::kOutRowBytes + (warp * 16 + lane / 8 % 2 * 8) * 2,
         ptx::pack_bf16(sums[0], sums[1]), ptx::pack_bf16(sums[2], sums[3]));
   }
   __device__ __forceinline__ void store_staged(uint32_t from, int tile, int groups, int first,
                                                int step) const {
-    constexpr int kChunks = kTileN / 8;  // of 16 bytes
+    const int width = args.out_columns(kTileN), chunks = width / 8;  // of 16 bytes
+    const int out_columns = args.out_columns(args.n);
     meet();
 #pragma unroll 1
-    for (int i = warp * 32 + lane; i < groups * 8 * kChunks; i += Shape::kConsumers) {
-      const int row = i / kChunks, chunk = i % kChunks, column = tile * kTileN + chunk * 8;
+    for (int i = warp * 32 + lane; i < groups * 8 * chunks; i += Shape::kConsumers) {
+      const int row = i / chunks, chunk = i % chunks, column = tile * width + chunk * 8;
       const int out_row = (first + row / 8 * step) * 8 + row % 8;
-      if (out_row >= args.rows || column >= args.n) continue;
+      if (out_row >= args.rows || column >= out_columns) continue;
       uint4 values;
       ptx::load_shared(values, from + row * Shape::kOutRowBytes + chunk * 16);
       *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(args.out) +
-                                static_cast<size_t>(out_row) * args.n + column) = values;
+                                static_cast<size_t>(out_row) * out_columns + column) = values;
     }
   }
 

@@ -22,6 +22,7 @@ void build_rows(const BuildRowsParams&, cudaStream_t);
 void unmask(const UnmaskParams&, cudaStream_t);
 size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size);
 void gemm(const GemmParams&, cudaStream_t);
+bool gemm_takes_silu(const GemmParams&);  // the streaming kernel's alone
 // Whose kernels gemm may take: the library's, or for up to 128 rows in bf16 the streaming kernel.
 enum class GemmKernels : uint8_t { any, library, stream };
 // At start-up, outside of graph capture: chooses the kernel of these rows (and the others of their

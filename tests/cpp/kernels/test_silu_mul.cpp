@@ -69,5 +69,26 @@ TEST(SiluMul, RejectsBadArguments) {
   expect_invalid([&] { cpu::silu_mul(params, pool); }, "intermediate 0");
 }
 
+TEST(SiluMul, GatesInTurn) {
+  Rng rng(9);
+  ThreadPool pool(2);
+  const int rows = 3, width = 24;
+  Tensor apart = random_tensor(rng, DType::float32, rows * 2 * width, 3);
+  Tensor in_turn(DType::float32, rows * 2 * width), out(DType::float32, rows * width),
+      expected(DType::float32, rows * width);
+  for (int row = 0; row < rows; ++row) {
+    for (int c = 0; c < width; ++c) {
+      const int at = row * 2 * width + c / kGatesInTurn * 2 * kGatesInTurn + c % kGatesInTurn;
+      in_turn.set(at, apart.get(row * 2 * width + c));
+      in_turn.set(at + kGatesInTurn, apart.get(row * 2 * width + width + c));
+    }
+  }
+  cpu::silu_mul({apart.data(), expected.data(), rows, width, DType::float32}, pool);
+  cpu::silu_mul({in_turn.data(), out.data(), rows, width, DType::float32, true}, pool);
+  expect_same_bits(out, 0, expected, 0, rows * width);
+  SiluMulParams params{in_turn.data(), out.data(), 1, 12, DType::float32, true};
+  expect_invalid([&] { cpu::silu_mul(params, pool); }, "got intermediate 12");
+}
+
 }  // namespace
 }  // namespace optimus

@@ -84,6 +84,53 @@ TEST_F(CudaGemmStream, EdgesOfTilesAndStages) {
   }
 }
 
+// With the activation: every way against the product in fp32 and the CPU twin's activation of it.
+TEST_F(CudaGemmStream, SiluOfGatesInTurn) {
+  Rng rng(165);
+  size_t num_silu_ways = 0;
+  for (auto [intermediate, k] : {std::pair(8, 64), {96, 520}, {1288, 256}, {9000, 136}}) {
+    for (int rows : {1, 13, 40, 96, 128}) {
+      const int n = 2 * intermediate;
+      Tensor x = random_tensor(rng, DType::bfloat16, size_t(rows) * k);
+      Tensor weight = random_tensor(rng, DType::bfloat16, size_t(n) * k, 0.1f);
+      Tensor products = expected(x, weight, rows, n, k, DType::float32);
+      Tensor twin(DType::float32, size_t(rows) * intermediate);
+      cpu::silu_mul({products.data(), twin.data(), rows, intermediate, DType::float32, true}, pool);
+      DeviceTensor device_x(x), device_weight(weight);
+      const Tensor poison(DType::bfloat16, twin.size());
+      DeviceTensor out(poison);
+      GemmParams params{device_x.data(), device_weight.data(), out.data(), rows, n, k,
+                        DType::bfloat16, DType::bfloat16};
+      EXPECT_TRUE(cuda::gemm_takes_silu(params));
+      params.silu = true;
+      for (const cuda::StreamGemm& way : cuda::stream_gemm_candidates(params)) {
+        SCOPED_TRACE(concat(describe(way), ", rows ", rows, ", n ", n, ", k ", k));
+        DeviceTensor result(poison);
+        params.out = result.data();
+        cuda::stream_gemm(params, way, nullptr);
+        const Tensor actual = result.read();
+        for (size_t i = 0; i < twin.size(); ++i) {
+          ASSERT_NEAR(actual.get(i), twin.get(i), 1e-2 * (std::abs(twin.get(i)) + 0.1)) << i;
+        }
+        ++num_silu_ways;
+      }
+      params.out = out.data();
+      cuda::gemm(params, nullptr);  // unplanned
+      const Tensor actual = out.read();
+      for (size_t i = 0; i < twin.size(); ++i) {
+        ASSERT_NEAR(actual.get(i), twin.get(i), 1e-2 * (std::abs(twin.get(i)) + 0.1)) << i;
+      }
+    }
+  }
+  EXPECT_GT(num_silu_ways, 40u);
+  DeviceBuffer<char> data(1 << 16);
+  GemmParams params{data.data(), data.data(), data.data(),     129,
+                    64,          64,          DType::bfloat16, DType::bfloat16};
+  EXPECT_FALSE(cuda::gemm_takes_silu(params));
+  params.silu = true;
+  expect_invalid([&] { cuda::gemm(params, nullptr); }, "silu is not for rows 129");
+}
+
 // Rows are independent of one another: with NaN in one row of x, the others keep their bits.
 TEST_F(CudaGemmStream, RowsDoNotDependOnOtherRows) {
   Rng rng(163);

@@ -24,6 +24,22 @@ TEST_F(CudaSiluMul, MatchesTheCpuTwin) {
   });
 }
 
+TEST_F(CudaSiluMul, GatesInTurn) {
+  Rng rng(122);
+  for_each_dtype([&](DType dtype) {
+    for (int intermediate : {8, 72, 3072}) {
+      const int rows = 17;
+      Tensor gate_up = random_tensor(rng, dtype, size_t(rows) * 2 * intermediate, 5);
+      Tensor out(dtype, size_t(rows) * intermediate);
+      DeviceTensor device_in(gate_up), device_out(out);
+      cpu::silu_mul({gate_up.data(), out.data(), rows, intermediate, dtype, true}, pool);
+      cuda::silu_mul({device_in.data(), device_out.data(), rows, intermediate, dtype, true},
+                     nullptr);
+      expect_near_twin(device_out.read(), out);
+    }
+  });
+}
+
 TEST_F(CudaSiluMul, LargeGates) {
   Tensor gate_up(DType::float32, 16), out(DType::float32, 8);
   const float gates[] = {-1e4f, -100, -88, -20, 0, 20, 100, 1e4f};
