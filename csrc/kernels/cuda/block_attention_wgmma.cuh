@@ -14,14 +14,19 @@ namespace optimus::cuda::attention {
 
 // ------------------------------------------------------------------------------------------- products
 
+// The same value in all lanes, as the compiler can tell: it is moved to where wgmma reads it once, and
+// not once for each product of a tile.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
+
 // scores = q k^T, issued and committed.
 template <int kHeadDim>
 __device__ __forceinline__ void issue_scores(const WarpState<kHeadDim>& state,
                                              float (&scores)[kTileKeys / 8][4], uint32_t k) {
+  const uint32_t low = uniform(lower_operand(k, 16));
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    uint32_t address = k + step / 4 * (kTileKeys * 128) + step % 4 * 32;
-    wgmma<false>(scores, state.q[step], operand(address, 16, 1024), step > 0);
+    const int bytes = step / 4 * (kTileKeys * 128) + step % 4 * 32;
+    wgmma<false>(scores, state.q[step], low + bytes / 16, step > 0);
   }
   wgmma_commit();
 }
@@ -30,9 +35,10 @@ __device__ __forceinline__ void issue_scores(const WarpState<kHeadDim>& state,
 template <int kHeadDim>
 __device__ __forceinline__ void issue_values(WarpState<kHeadDim>& state,
                                              const uint32_t (&p)[kTileKeys / 16][4], uint32_t v) {
+  const uint32_t low = uniform(lower_operand(v, kTileKeys * 128));
 #pragma unroll
   for (int step = 0; step < kTileKeys / 16; ++step) {
-    wgmma<true>(state.out, p[step], operand(v + step * 16 * 128, kTileKeys * 128, 1024), true);
+    wgmma<true>(state.out, p[step], low + step * 16 * 128 / 16, true);
   }
   wgmma_commit();
 }

@@ -70,43 +70,41 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount][4]) {
 
 // ------------------------------------------------------------- products with A in registers
 
-// d[64 x n] = (add ? d : 0) + a[64 x 16] b. Plain: b is [n][16], as K is; transposed: [16][n], as V.
+// The lower half of operand(address, leading, 1024). It moves on by a sixteenth of the bytes, so the
+// operands of a tile's products are one addition apart. The upper half is the same for all.
+__device__ __forceinline__ uint32_t lower_operand(uint32_t address, int leading) {
+  return (static_cast<uint32_t>(leading >> 4) << 16) | ((address & 0x3ffff) >> 4);
+}
+constexpr uint32_t kUpperOperand = (1u << 30) | (1024 >> 4);
+
+// d[64 x n] = (add ? d : 0) + a[64 x 16] b, `b` by its lower half. Plain: b is [n][16], as K is;
+// transposed: [16][n], as V.
 template <bool kTransposed>
-__device__ __forceinline__ void wgmma_n64(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
-                                          bool add) {
+__device__ __forceinline__ void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b,
+                                      bool add) {
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned"
-      ".m64n64k16.f32.bf16.bf16 {" OPTIMUS_REGISTERS_0 ", " OPTIMUS_REGISTERS_1
+      "{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, %37, 0; mov.b64 b, {%36, %39};"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" OPTIMUS_REGISTERS_0
+      ", " OPTIMUS_REGISTERS_1
       "}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1, %38; }"
+      "{%32, %33, %34, %35}, b, p, 1, 1, %38; }"
       : OPTIMUS_SUMS_8(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),
-        "n"(kTransposed ? 1 : 0));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(static_cast<int>(add)),
+        "n"(kTransposed ? 1 : 0), "n"(kUpperOperand));
 }
 
 template <bool kTransposed>
-__device__ __forceinline__ void wgmma_n128(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
-                                           bool add) {
+__device__ __forceinline__ void wgmma(float (&d)[16][4], const uint32_t (&a)[4], uint32_t b,
+                                      bool add) {
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned"
-      ".m64n128k16.f32.bf16.bf16 {" OPTIMUS_REGISTERS_0 ", " OPTIMUS_REGISTERS_1
-      ", " OPTIMUS_REGISTERS_2 ", " OPTIMUS_REGISTERS_3
+      "{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, %69, 0; mov.b64 b, {%68, %71};"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" OPTIMUS_REGISTERS_0
+      ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2 ", " OPTIMUS_REGISTERS_3
       "}, "
-      "{%64, %65, %66, %67}, %68, p, 1, 1, %70; }"
+      "{%64, %65, %66, %67}, b, p, 1, 1, %70; }"
       : OPTIMUS_SUMS_16(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),
-        "n"(kTransposed ? 1 : 0));
-}
-
-template <bool kTransposed>
-__device__ __forceinline__ void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
-                                      bool add) {
-  wgmma_n64<kTransposed>(d, a, b, add);
-}
-template <bool kTransposed>
-__device__ __forceinline__ void wgmma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
-                                      bool add) {
-  wgmma_n128<kTransposed>(d, a, b, add);
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(static_cast<int>(add)),
+        "n"(kTransposed ? 1 : 0), "n"(kUpperOperand));
 }
 
 // ------------------------------------------------------------------- products of shared operands
