@@ -1,4 +1,4 @@
-// The attention kernel: one persistent CTA per share, one producer warp, eight consumer warps.
+// The attention kernel: one persistent CTA per share, two producer warps, eight consumer warps.
 //
 // A consumer warp holds 16 packed rows. Fewer rows than 16 per warp are held by several warps
 // (copies): some of them share a tile's keys, and with more copies left, teams of copies take tiles
@@ -87,7 +87,7 @@ struct Consumer {
   template <int kKeys>
   __device__ __forceinline__ void run_tile(State& state, const Piece& piece, int tile_key,
                                            int first_row, RingPosition at) {
-    uint32_t k = ring.k(at.slot, kTileBytes<kHeadDim>), v = k + kTileBytes<kHeadDim>;
+    uint32_t k = ring.k(at.slot, kTileBytes<kHeadDim>), v = ring.v(at.slot, kTileBytes<kHeadDim>);
     float scores[kKeys / 8][4], factors[2];
     ptx::barrier_wait(ring.k_full(at.slot), at.phase);
     score<kHeadDim, kKeys>(state, scores, k, first_row, lane);
@@ -111,9 +111,18 @@ struct Consumer {
     ptx::barrier_wait(ring.v_full(at.slot), at.phase);
   }
 
-  __device__ __forceinline__ void release(int slot) {
+  // Every warp releases K and V of every tile of the share, whether it works on the tile or not.
+  __device__ __forceinline__ void release_k(int slot) {
     __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(ring.released(slot));
+    ptx::barrier_arrive_if(lane == 0, ring.k_released(slot));
+  }
+  __device__ __forceinline__ void release_v(int slot) {
+    __syncwarp();
+    ptx::barrier_arrive_if(lane == 0, ring.v_released(slot));
+  }
+  __device__ __forceinline__ void release(int slot) {
+    release_k(slot);
+    release_v(slot);
   }
 
   // Writes the piece and moves on to the next. When no other warp looks at this one's shared memory,
@@ -158,7 +167,7 @@ struct Consumer {
       advance(at, tile, turn);
     }
     if (held_tile >= 0) {
-      uint32_t v = ring.k(held.slot, kTileBytes<kHeadDim>) + kTileBytes<kHeadDim>;
+      uint32_t v = ring.v(held.slot, kTileBytes<kHeadDim>);
       int keys_left = piece.item.last_limit - held_tile * kTileKeys;
       if (keys_left < kTileKeys) clear_values<kHeadDim>(v, keys_left);
       pin(state.out);
@@ -168,7 +177,7 @@ struct Consumer {
       wgmma_wait<0>();
       pin(state.out);
       pin(p);
-      release(held.slot);
+      release_v(held.slot);
     }
     finish_piece<kRowWarps>(state, piece, queries);
   }
@@ -185,7 +194,7 @@ struct Consumer {
   }
 
   // The tile's probabilities to p. With kHeld, those of tile `held`, which p has until then, are
-  // multiplied with its V and its slot is released.
+  // multiplied with its V, which is released. K is released as soon as the scores are there.
   template <bool kHeld>
   __device__ __forceinline__ void run_tall_tile(State& state, uint32_t (&p)[kTileKeys / 16][4],
                                                 const Piece& piece, int tile, RingPosition at,
@@ -196,11 +205,11 @@ struct Consumer {
     issue_scores<kHeadDim>(state, scores, ring.k(at.slot, kTileBytes<kHeadDim>));
     if (kHeld) {
       wgmma_fence();
-      issue_values<kHeadDim>(state, p,
-                             ring.k(held.slot, kTileBytes<kHeadDim>) + kTileBytes<kHeadDim>);
+      issue_values<kHeadDim>(state, p, ring.v(held.slot, kTileBytes<kHeadDim>));
     }
     wgmma_wait<kHeld ? 1 : 0>();
     pin(scores);
+    release_k(at.slot);
     if ((tile + 1) * kTileKeys > piece.item.first_limit) {
       mask<kHeadDim, kTileKeys>(state, scores, tile * kTileKeys, lane);
     }
@@ -212,7 +221,7 @@ struct Consumer {
     if (kHeld) {
       wgmma_wait<0>();
       pin(p);
-      release(held.slot);
+      release_v(held.slot);
     }
     pin(state.out);
     if (__any_sync(~0u, moved)) rescale(state, factors);
@@ -254,12 +263,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::tensor_map_prefetch(&k_map);
     ptx::tensor_map_prefetch(&v_map);
 #else
-    constexpr int kFills = 32;  // every lane of the producer
+    constexpr int kFills = 32;  // every lane of the producer of K or V
 #endif
     for (int slot = 0; slot < args.num_slots; ++slot) {
       ptx::barrier_init(ring.k_full(slot), kFills);
       ptx::barrier_init(ring.v_full(slot), kFills);
-      ptx::barrier_init(ring.released(slot), kConsumerWarps);
+      ptx::barrier_init(ring.k_released(slot), kConsumerWarps);
+      ptx::barrier_init(ring.v_released(slot), kConsumerWarps);
     }
     ptx::barrier_fence_init();
   }
@@ -270,9 +280,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   // rows of its first piece and its pages are found while the kernel before this one runs.
   if (warp >= kConsumerWarps) {
     ptx::lower_registers<24>();
-    if (warp == kConsumerWarps) {
+    if (warp < kConsumerWarps + kProducerWarps) {
       const Share share = load_past_l1(&args.ws.shares[blockIdx.x]);
-      Producer<kHeadDim>{args, &k_map, &v_map, ring, lane}.run(share);
+      Producer<kHeadDim>{args, &k_map, &v_map, ring, lane, warp > kConsumerWarps}.run(share);
     }
   } else {
     ptx::raise_registers<240>();

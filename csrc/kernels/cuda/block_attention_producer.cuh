@@ -1,6 +1,7 @@
-// The producer warp of an attention CTA: streams the share's tiles through the ring, with bulk tensor
-// copies on sm_90, with 16-byte asynchronous copies before. It runs ahead across piece boundaries, so
-// loads never stop while consumers start or finish a piece.
+// The producer warps of an attention CTA, one for K and one for V: each streams its half of the share's
+// tiles through the ring, with bulk tensor copies on sm_90, with 16-byte asynchronous copies before.
+// They run ahead across piece boundaries, so loads never stop while consumers start or finish a piece,
+// and apart from each other, for K is done with long before V.
 #pragma once
 
 #include "kernels/cuda/block_attention_share.cuh"
@@ -14,6 +15,7 @@ struct Producer {
   const CUtensorMap *k_map, *v_map;
   Ring ring;
   int lane;
+  bool is_v;
 
   // Lane i holds page first + i of a sequence.
   struct Pages {
@@ -46,18 +48,18 @@ struct Producer {
     for (int tile = piece.at.tile; tile < piece.end_tile; ++tile) {
       int key = tile * kTileKeys;
       if (key >> args.page_shift >= pages.first + 32) pages = load_pages(piece, tile);
-      ptx::barrier_wait(ring.released(at.slot), at.phase ^ 1);
       int keys = min(kTileKeys, piece.item.last_limit - key);
-      copy_tile(args.k_pages, k_map, ring.k_full(at.slot), slot_address(at.slot, 0), piece.at.head,
-                key, keys, pages.first, pages.page);
-      copy_tile(args.v_pages, v_map, ring.v_full(at.slot), slot_address(at.slot, 1), piece.at.head,
-                key, keys, pages.first, pages.page);
+      if (is_v) {
+        ptx::barrier_wait(ring.v_released(at.slot), at.phase ^ 1);
+        copy_tile(args.v_pages, v_map, ring.v_full(at.slot), ring.v(at.slot, kTileBytes<kHeadDim>),
+                  piece.at.head, key, keys, pages.first, pages.page);
+      } else {
+        ptx::barrier_wait(ring.k_released(at.slot), at.phase ^ 1);
+        copy_tile(args.k_pages, k_map, ring.k_full(at.slot), ring.k(at.slot, kTileBytes<kHeadDim>),
+                  piece.at.head, key, keys, pages.first, pages.page);
+      }
       at.advance(args.num_slots);
     }
-  }
-
-  __device__ uint32_t slot_address(int slot, int is_v) const {
-    return ring.data + (2 * slot + is_v) * kTileBytes<kHeadDim>;
   }
 
 #if defined(OPTIMUS_SM90)

@@ -1,5 +1,5 @@
-// What the producer and the consumers of an attention CTA agree on: the arguments, the ring of slots in
-// shared memory, and the order of the share's pieces.
+// What producers and consumers of an attention CTA agree on: the arguments, the ring of slots in shared
+// memory, and the order of the share's pieces.
 //
 // Slot layout, K and V alike: [head_dim / 64][kTileKeys][64] bf16, rows of 128 bytes whose 16-byte
 // chunk c of row r sits at c ^ (r % 8) (the copy engine's 128-byte swizzle): ldmatrix reads it
@@ -14,7 +14,8 @@
 namespace optimus::cuda::attention {
 
 constexpr int kConsumerWarps = 8;
-constexpr int kThreads = (kConsumerWarps + 4) * 32;  // whole warpgroups; one producer warp works
+constexpr int kProducerWarps = 2;                    // one for K, one for V
+constexpr int kThreads = (kConsumerWarps + 4) * 32;  // whole warpgroups
 constexpr int kMaxSlots = 10;
 constexpr int kCutPiecesBytes = 64;
 constexpr int kConsumerBarrier = 1;
@@ -44,7 +45,7 @@ template <int kHeadDim>
 struct SharedLayout {
   static constexpr int kSums = kConsumerWarps * 16 * kHeadDim * 4;
   static constexpr int kMaxSum = kConsumerWarps * 16 * 8;
-  static constexpr int kBarriers = 3 * kMaxSlots * 8;
+  static constexpr int kBarriers = 4 * kMaxSlots * 8;
   static constexpr int kAlignment = 1024;  // of the swizzle pattern
 
   static int bytes(int num_slots) {
@@ -53,7 +54,8 @@ struct SharedLayout {
   }
 };
 
-// Position in the ring. The producer waits for a slot's release, consumers for its data.
+// Position in the ring. K and V of a slot are filled and released each by itself: a producer waits for
+// the release of its half, consumers for the data of either.
 struct RingPosition {
   int slot = 0;
   uint32_t phase = 0;
@@ -68,9 +70,11 @@ struct RingPosition {
 struct Ring {
   uint32_t data, barriers;  // shared addresses
   __device__ uint32_t k(int slot, int tile_bytes) const { return data + 2 * slot * tile_bytes; }
+  __device__ uint32_t v(int slot, int tile_bytes) const { return k(slot, tile_bytes) + tile_bytes; }
   __device__ uint32_t k_full(int slot) const { return barriers + slot * 8; }
   __device__ uint32_t v_full(int slot) const { return barriers + (kMaxSlots + slot) * 8; }
-  __device__ uint32_t released(int slot) const { return barriers + (2 * kMaxSlots + slot) * 8; }
+  __device__ uint32_t k_released(int slot) const { return barriers + (2 * kMaxSlots + slot) * 8; }
+  __device__ uint32_t v_released(int slot) const { return barriers + (3 * kMaxSlots + slot) * 8; }
 };
 
 // Shares, items and limits are read past the L1, which may hold those of another step.

@@ -36,6 +36,15 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
                : "memory");
 }
 
+// The same in the threads with `arrives`, without a branch.
+__device__ __forceinline__ void barrier_arrive_if(bool arrives, uint32_t barrier) {
+  asm volatile(
+      "{ .reg .b64 state; .reg .pred p; setp.ne.b32 p, %0, 0;"
+      " @p mbarrier.arrive.shared.b64 state, [%1]; }" ::"r"(static_cast<int>(arrives)),
+      "r"(barrier)
+      : "memory");
+}
+
 // Waits until the phase of the given parity has completed.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
