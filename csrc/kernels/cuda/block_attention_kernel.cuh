@@ -36,6 +36,8 @@ struct Consumer {
     copy_queries<kHeadDim>(args, queries, output.staging(), lane);
     CutPieces& pieces = output.cut_pieces();
     do {
+      // What follows from the lane is worked out anew for each piece: registers are short.
+      asm volatile("" : "+r"(lane));
       int packed = piece.item.packed_count;
       const bool whole = piece.whole(), begun_here = piece.at.tile == 0;
       if (!whole && threadIdx.x == 0) pieces.note(args, piece);
@@ -139,47 +141,63 @@ struct Consumer {
   }
 
 #if defined(OPTIMUS_WGMMA)
-  // A team is a warpgroup (four row warps), or both are one (eight). While a tile's softmax runs, the
-  // tensor cores work on the product of the tile before with V.
+  // A team is a warpgroup (four row warps), or both are one (eight): then no other warp looks at this
+  // one's shared memory, and the next piece's Q is on its way from the start. While a tile's softmax
+  // runs, the tensor cores work on the product of the tile before with V.
   template <int kRowWarps>
   __device__ __forceinline__ void run_tall_piece(Piece& piece, Queries& queries, RingPosition& at,
                                                  int& turn) {
     constexpr int kTeams = kConsumerWarps / kRowWarps;
     State state;
     state.take(queries, output.staging(), lane);
-    int team = warp / kRowWarps, tile = piece.at.tile;
+    const Queries rows = queries;
+    const PieceOutput done(args, piece);
+    const int first_limit = piece.item.first_limit, last_limit = piece.item.last_limit;
+    const int team = kTeams > 1 ? warp / kRowWarps : 0, end_tile = piece.end_tile;
+    int tile = piece.at.tile;
+    if (kTeams == 1) move_on(piece, queries);
     RingPosition held;  // the tile whose probabilities are in p
     int held_tile = -1;
     uint32_t p[kTileKeys / 16][4];
-    while (tile < piece.end_tile && turn % kTeams != team) pass_tile(at, tile, turn);
-    if (tile < piece.end_tile) {
-      run_tall_tile<false>(state, p, piece, tile, at, held);
+    while (tile < end_tile && turn % kTeams != team) pass_tile(at, tile, turn);
+    if (tile < end_tile) {
+      run_tall_tile<false>(state, p, first_limit, tile, at, held);
       held = at, held_tile = tile;
       advance(at, tile, turn);
     }
-    while (tile < piece.end_tile) {
+    while (tile < end_tile) {
       if (turn % kTeams != team) {
         pass_tile(at, tile, turn);
         continue;
       }
-      run_tall_tile<true>(state, p, piece, tile, at, held);
+      run_tall_tile<true>(state, p, first_limit, tile, at, held);
       held = at, held_tile = tile;
       advance(at, tile, turn);
     }
-    if (held_tile >= 0) {
-      uint32_t v = ring.v(held.slot, kTileBytes<kHeadDim>);
-      int keys_left = piece.item.last_limit - held_tile * kTileKeys;
-      if (keys_left < kTileKeys) clear_values<kHeadDim>(v, keys_left);
-      pin(state.out);
-      pin(p);
-      wgmma_fence();
-      issue_values<kHeadDim>(state, p, v);
-      wgmma_wait<0>();
-      pin(state.out);
-      pin(p);
-      release_v(held.slot);
-    }
-    finish_piece<kRowWarps>(state, piece, queries);
+    if (held_tile >= 0) finish_tall_tile(state, p, last_limit - held_tile * kTileKeys, held);
+    output.template finish<kRowWarps>(args, state, done, rows, warp, lane);
+    if (kTeams > 1) move_on(piece, queries);
+  }
+
+  // To the next piece, whose Q is on its way when this returns.
+  __device__ __forceinline__ void move_on(Piece& piece, Queries& queries) {
+    piece.next(args);
+    if (piece.valid()) queries = fetch(piece);
+  }
+
+  // The product of the last tile with V, of which rows from `keys_left` on may hold anything.
+  __device__ __forceinline__ void finish_tall_tile(State& state, uint32_t (&p)[kTileKeys / 16][4],
+                                                   int keys_left, RingPosition held) {
+    uint32_t v = ring.v(held.slot, kTileBytes<kHeadDim>);
+    if (keys_left < kTileKeys) clear_values<kHeadDim>(v, keys_left);
+    pin(state.out);
+    pin(p);
+    wgmma_fence();
+    issue_values<kHeadDim>(state, p, v);
+    wgmma_wait<0>();
+    pin(state.out);
+    pin(p);
+    release_v(held.slot);
   }
 
   __device__ __forceinline__ void advance(RingPosition& at, int& tile, int& turn) {
@@ -197,7 +215,7 @@ struct Consumer {
   // multiplied with its V, which is released. K is released as soon as the scores are there.
   template <bool kHeld>
   __device__ __forceinline__ void run_tall_tile(State& state, uint32_t (&p)[kTileKeys / 16][4],
-                                                const Piece& piece, int tile, RingPosition at,
+                                                int first_limit, int tile, RingPosition at,
                                                 RingPosition held) {
     float scores[kTileKeys / 8][4], factors[2];
     ptx::barrier_wait(ring.k_full(at.slot), at.phase);
@@ -210,21 +228,21 @@ struct Consumer {
     wgmma_wait<kHeld ? 1 : 0>();
     pin(scores);
     release_k(at.slot);
-    if ((tile + 1) * kTileKeys > piece.item.first_limit) {
+    if ((tile + 1) * kTileKeys > first_limit) {
       mask<kHeadDim, kTileKeys>(state, scores, tile * kTileKeys, lane);
     }
-    bool moved = advance_softmax<kHeadDim, kTileKeys>(state, scores, args.scale_log2, factors);
-    pin(scores);  // not to be put off until after the wait
-    // V must be there before the product that follows. Waiting here, and not there, also ends the
-    // block of straight code, within which the compiler puts the next wait in front of the softmax.
-    ptx::barrier_wait(ring.v_full(at.slot), at.phase);
+    bool moved = advance_tall_softmax(state, scores, args.scale_log2, factors);
+    // V must be there before the product that follows. Its barrier's address depends on the softmax,
+    // in truth by nothing, so that the compiler does not put that off until after the waits.
+    uint32_t nothing = state.sum[0] + state.sum[1] < 0 ? 8 : 0;
+    ptx::barrier_wait(ring.v_full(at.slot) + nothing, at.phase);
     if (kHeld) {
       wgmma_wait<0>();
       pin(p);
       release_v(held.slot);
     }
     pin(state.out);
-    if (__any_sync(~0u, moved)) rescale(state, factors);
+    if (moved) rescale(state, factors);
 #pragma unroll
     for (int step = 0; step < kTileKeys / 16; ++step) {
       pack_step(p[step], scores[2 * step], scores[2 * step + 1]);

@@ -47,7 +47,9 @@ template <int kHeadDim>
 struct WarpState {
   uint32_t q[kHeadDim / 16][4];
   float out[kHeadDim / 8][4];
-  float max[2], sum[2];  // max of raw scores; sum is this thread's part until finish_sums()
+  // Of raw scores: the largest, or with wgmma one not far below; what the sums are relative to. `sum`
+  // is this thread's part until finish_sums().
+  float max[2], sum[2];
   int limits[2];
 
   // Takes over what copy_queries() has put on its way.
