@@ -205,9 +205,12 @@ __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
     int heads = (num_heads + num_shares - 1) / num_shares;
     if (num_heads * 10 >= heads * num_shares * 9) even.heads = heads;
   } else if (num_shares / num_heads * num_heads * 10 >= num_shares * 9) {
+    const Item& item = line.items[0];
     // A part of one tile costs more to merge than it saves, and an SM that the next kernel could use.
-    int most = max(1, line.items[0].num_tiles / 2);
-    even.parts = min(num_shares / num_heads, most);
+    // Few tiles: half of the SMs read them nearly as fast, with half of the parts to merge.
+    const bool is_short = !is_tall(item) && num_heads * item.num_tiles <= 8 * num_shares;
+    const int parts = num_shares / num_heads / (is_short ? 2 : 1);
+    even.parts = max(1, min(parts, item.num_tiles / 2));
   }
   return even;
 }
