@@ -132,10 +132,13 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T>
   };
   let_next_kernel_start();
   for_each_unit([&](UnitPlace place, int u) {  // constants
-    if (is_v) return;
-    load<T, kWidth>(weight + place.first, part.weight_a[u]);
-    load<T, kWidth>(weight + place.second, part.weight_b[u]);
-    if (place.rotated) load<float, kWidth>(args.inv_freq + place.first, part.frequency[u]);
+    if (weight != nullptr) {
+      load<T, kWidth>(weight + place.first, part.weight_a[u]);
+      load<T, kWidth>(weight + place.second, part.weight_b[u]);
+    }
+    if (!is_v && place.rotated) {
+      load<float, kWidth>(args.inv_freq + place.first, part.frequency[u]);
+    }
   });
   wait_until_previous_is_done();
   const float position = static_cast<float>(args.positions[row]);
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T>
   const float scale = rsqrtf(squares / static_cast<float>(args.head_dim) + args.eps);
   for_each_unit([&](UnitPlace place, int u) {
     auto &a = part.a[u], &b = part.b[u];
-    if (!is_v) {
+    if (weight != nullptr) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         a[j] *= scale * part.weight_a[u][j];
