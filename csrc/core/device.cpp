@@ -152,6 +152,14 @@ void Stream::copy(void* to, const void* from, size_t bytes) {
     OPTIMUS_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(handle_)));
   }
 }
+void Stream::copy_strided(void* to, const void* from, size_t stride, size_t bytes, size_t count) {
+  if (device_ == Device::cpu) {
+    copy_on_host(to, stride, from, stride, bytes, count);
+  } else {
+    OPTIMUS_CUDA_CHECK(cudaMemcpy2DAsync(to, stride, from, stride, bytes, count, cudaMemcpyDefault,
+                                         stream_of(handle_)));
+  }
+}
 
 void Stream::synchronize() {
   if (device_ == Device::cuda) OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream_of(handle_)));
@@ -250,6 +258,9 @@ Stream::Stream(Device device) : device_(device) {
 }
 Stream::~Stream() = default;
 void Stream::copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+void Stream::copy_strided(void* to, const void* from, size_t stride, size_t bytes, size_t count) {
+  copy_on_host(to, stride, from, stride, bytes, count);
+}
 void Stream::synchronize() {}
 
 StreamTimer::StreamTimer(Device device) {

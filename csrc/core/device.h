@@ -46,6 +46,8 @@ class Stream {
   void* handle() const { return handle_; }  // a cudaStream_t
   // Host memory must be of allocate_host_memory, and stay until the stream gets there.
   void copy(void* to, const void* from, size_t bytes);
+  // `count` pieces of `bytes`, `stride` bytes apart on both sides.
+  void copy_strided(void* to, const void* from, size_t stride, size_t bytes, size_t count);
   void synchronize();
 
  private:

@@ -1,6 +1,6 @@
 // Arrays that cross between host and device together, in one copy. They lie one behind another in
 // device memory, with a twin in host memory; on the CPU the two are the same memory, and crossing is
-// nothing.
+// nothing. What a step has not used can stay behind: its copies stand between two steps' kernels.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <functional>
 #include <vector>
 
+#include "core/check.h"
 #include "core/device.h"
 
 namespace optimus {
@@ -49,14 +50,23 @@ class MirroredArrays {
     placements_.clear();
   }
 
-  void upload(Stream& stream) {
-    if (device_ != Device::cpu) stream.copy(on_device_, on_host_, bytes_);
+  // What lies before `end`, a place in host memory.
+  void upload(Stream& stream, const void* end) {
+    const size_t bytes = static_cast<const char*>(end) - on_host_;
+    OPTIMUS_INVARIANT(bytes <= bytes_, "upload of ", bytes, " bytes of ", bytes_);
+    if (device_ != Device::cpu) stream.copy(on_device_, on_host_, bytes);
   }
   void download(Stream& stream) {
     if (device_ != Device::cpu) stream.copy(on_host_, on_device_, bytes_);
   }
+  // The first `bytes` of each of `count` parts of equal size.
+  void download_parts(Stream& stream, size_t bytes, size_t count) {
+    if (device_ == Device::cpu || bytes == 0) return;
+    stream.copy_strided(on_host_, on_device_, bytes_ / count, bytes, count);
+  }
   Device device() const { return device_; }
   size_t bytes() const { return bytes_; }
+  const void* host_end() const { return on_host_ + bytes_; }
 
  private:
   static constexpr size_t kAlignment = 64;
@@ -66,6 +76,31 @@ class MirroredArrays {
   char* on_host_ = nullptr;
   char* on_device_ = nullptr;
   std::vector<std::function<void(char* host, char* device)>> placements_;
+};
+
+// Arrays of one length, of which the first elements cross.
+class MirroredRows {
+ public:
+  MirroredRows(Device device, size_t length) : arrays_(device), length_(length) {}
+
+  template <class T>
+  void add(Mirrored<T>& array) {
+    static_assert(kElement % sizeof(T) == 0);
+    arrays_.add(length_ * (kElement / sizeof(T)), array);  // all of the same size
+    ++count_;
+  }
+  void allocate() { arrays_.allocate(); }
+  void download(Stream& stream, size_t length) {
+    arrays_.download_parts(stream, length * kElement, count_);
+  }
+  Device device() const { return arrays_.device(); }
+  size_t bytes() const { return arrays_.bytes(); }
+
+ private:
+  static constexpr size_t kElement = 4;  // the largest
+
+  MirroredArrays arrays_;
+  size_t length_, count_ = 0;
 };
 
 }  // namespace optimus

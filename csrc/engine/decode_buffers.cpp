@@ -5,7 +5,10 @@
 namespace optimus {
 
 DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, Device device)
-    : config_(config), plan_(device), results_(device) {
+    : config_(config),
+      plan_(device),
+      results_(device),
+      row_results_(device, config.max_num_batched_rows) {
   const size_t slots = config.max_num_seqs, rows = config.max_num_batched_rows;
   const size_t grid = config.grid(), stride = max_pages_per_seq;
   const auto mirror = [](MirroredArrays& arrays, size_t count, auto&... mirrored) {
@@ -14,16 +17,18 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
   mirror(plan_, slots, slots_, chunk_lengths_, prefill_lens_, prefill_starts_, prefill_offsets_,
          refresh_, open_slots_, open_block_starts_, open_num_fresh_, top_k_, denoising_steps_,
          temperature_, top_p_, confidence_threshold_, entropy_bound_, unmasking_strategy_, seed_);
-  mirror(plan_, slots * grid, open_tokens_);
   mirror(plan_, slots * stride, page_table_);
+  mirror(plan_, slots * grid, open_tokens_);
   mirror(plan_, rows, prefill_tokens_);
   plan_.allocate();
   std::fill_n(denoising_steps_.host, slots, 1);  // slots that nobody had are timed too
   mirror(results_, 2, counts_);
   mirror(results_, slots, block_start_, num_fresh_, num_masked_);
-  mirror(results_, rows, logit_slots_, logit_offsets_, candidate_ids_, candidate_confidence_,
-         candidate_logprob_, candidate_committed_);
   results_.allocate();
+  const auto mirror_rows = [this](auto&... mirrored) { (row_results_.add(mirrored), ...); };
+  mirror_rows(logit_slots_, logit_offsets_, candidate_ids_, candidate_confidence_,
+              candidate_logprob_, candidate_committed_);
+  row_results_.allocate();
 
   const auto allocate = [device](size_t count, auto&... buffers) {
     ((buffers = std::decay_t<decltype(buffers)>(count, device)), ...);
@@ -104,6 +109,10 @@ void DecodeBuffers::write_plan(const StepPlan& plan) {
     std::copy(request.pages.begin(), request.pages.end(),
               page_table_.host + size_t(request.slot) * state_.page_table_stride);
   }
+  plan_end_ = num_prefill_tokens > 0 ? prefill_tokens_.host + num_prefill_tokens
+              : num_openings_ > 0
+                  ? open_tokens_.host + size_t(num_openings_) * config_.grid()
+                  : page_table_.host + size_t(config_.max_num_seqs) * state_.page_table_stride;
 }
 
 OpenWindowsParams DecodeBuffers::open_windows_params() const {
@@ -183,8 +192,8 @@ void DecodeBuffers::write_rows(const HostRows& rows) {
 }
 
 size_t DecodeBuffers::bytes() const {
-  size_t total =
-      plan_.bytes() + results_.bytes() + window_status_.bytes() + candidate_entropy_.bytes();
+  size_t total = plan_.bytes() + results_.bytes() + row_results_.bytes() + window_status_.bytes() +
+                 candidate_entropy_.bytes();
   for (const Buffer<int32_t>* buffer :
        {&window_tokens_, &denoise_step_, &token_ids_, &positions_, &kv_limits_, &kv_slots_,
         &cu_seqlens_q_, &seq_page_table_, &logit_rows_}) {

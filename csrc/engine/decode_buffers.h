@@ -1,6 +1,6 @@
 // Everything a step reads and writes besides weights, KV and activations: the decode state of every
 // slot, the plan as build_rows takes it, the rows, and the candidates. Allocated once, where the
-// kernels run; what the host writes goes there in one copy, what it reads comes back in one.
+// kernels run; what the host has written goes there in one copy, what it reads comes back in two.
 #pragma once
 
 #include <vector>
@@ -37,14 +37,18 @@ class DecodeBuffers {
 
   // Writes the plan down on the host, with the windows of requests that start decoding.
   void write_plan(const StepPlan& plan);
-  void upload(Stream& stream) { plan_.upload(stream); }
+  void upload(Stream& stream) { plan_.upload(stream, plan_end_); }
+  void upload_all(Stream& stream) { plan_.upload(stream, plan_.host_end()); }
   // Of the uploaded plan: windows first, then the rows. Padded to that many rows and sequences.
   OpenWindowsParams open_windows_params() const;
   BuildRowsParams build_rows_params(int mask_token_id, int pad_rows_to = 0,
                                     int pad_seqs_to = 0) const;
   // unmask of the rows that build_rows made, without a workspace; `num_logit_rows` with padding.
   UnmaskParams unmask_params(const void* logits, const ModelConfig& model, int num_logit_rows);
-  void download(Stream& stream) { results_.download(stream); }
+  void download(Stream& stream) {
+    results_.download(stream);
+    row_results_.download(stream, planned_logit_rows_);
+  }
   // Of the downloaded step. Candidates have no entropy.
   StepResult result() const;
 
@@ -70,8 +74,10 @@ class DecodeBuffers {
   int num_seqs_ = 0, num_openings_ = 0, planned_rows_ = 0, planned_logit_rows_ = 0;
 
   // Host to device. The plan as build_rows reads it [max_num_seqs], [max_rows]; windows to open
-  // [max_num_seqs]; and those fields of the state that the host alone writes [num_slots].
+  // [max_num_seqs]; and those fields of the state that the host alone writes [num_slots]. At the end,
+  // and left behind when there are none: the tokens of windows to open, then those of prompts.
   MirroredArrays plan_;
+  const void* plan_end_ = nullptr;  // in host memory
   Mirrored<int32_t> slots_, chunk_lengths_, prefill_lens_, prefill_starts_, prefill_offsets_,
       prefill_tokens_;
   Mirrored<uint8_t> refresh_;
@@ -83,6 +89,7 @@ class DecodeBuffers {
 
   // Device to host [num_slots], [max_rows].
   MirroredArrays results_;
+  MirroredRows row_results_;
   Mirrored<int32_t> counts_, block_start_, num_fresh_, num_masked_, logit_slots_, logit_offsets_,
       candidate_ids_;
   Mirrored<float> candidate_confidence_, candidate_logprob_;

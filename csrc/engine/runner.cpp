@@ -84,7 +84,7 @@ Runner::Runner(const Model& model, const EngineConfig& config)
   if (device() == Device::cpu) return;
   validate_for_cuda(config);
   padded_rows_ = choose_padded_rows(config.max_num_batched_rows);
-  buffers_.upload(stream_);
+  buffers_.upload_all(stream_);
   capture_graphs();
 }
 
