@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Tests, sanitizers and benchmarks of the CUDA kernels on a machine with a GPU:
-#   bench/gpu.sh FOLDER [tests] [sanitize] [bench]     (all three by default)
+#   bench/gpu.sh FOLDER [tests] [sanitize] [bench] [engine]     (all four by default)
 # Logs and JSON go to FOLDER. BUILD_DIR (default: build) may hold programs that were built elsewhere;
-# what it lacks is built. PYTHON names a Python whose torch brings libcublasLt along.
+# what it lacks is built. `engine` builds the extension and measures whole steps and runs. PYTHON
+# names a Python whose torch brings libcublasLt along.
 # SANITIZE_FILTER limits the sanitized tests, as --gtest_filter takes it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-folder=${1:?"usage: bench/gpu.sh FOLDER [tests] [sanitize] [bench]"}
+folder=${1:?"usage: bench/gpu.sh FOLDER [tests] [sanitize] [bench] [engine]"}
 shift
-parts=${*:-tests sanitize bench}
+parts=${*:-tests sanitize bench engine}
 build=${BUILD_DIR:-build}
 mkdir -p "$folder"
 
@@ -53,5 +54,13 @@ if [[ " $parts " == *" bench "* ]]; then
     name=$(basename "$program")
     "$program" --json "$folder/$name.json" 2>&1 | tee "$folder/$name.log" || status=1
   done
+fi
+
+if [[ " $parts " == *" engine "* ]]; then
+  python=${PYTHON:-python3}
+  export PYTHONPATH=python${PYTHONPATH:+:$PYTHONPATH}
+  OPTIMUS_CUDA=1 "$python" setup.py --quiet build_ext --inplace >"$folder/build_ext.log" 2>&1 || status=1
+  "$python" bench/gpu_engine.py "$folder" 2>&1 | tee "$folder/engine.log" || status=1
+  "$python" bench/gpu_trace.py "$folder" 2>&1 | tee "$folder/trace.log" || status=1
 fi
 exit $status

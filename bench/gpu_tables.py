@@ -59,3 +59,34 @@ def throughput_table(report: Result) -> str:
             )
         lines.append(f"| {load} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def kernels_table(report: Result) -> str:
+    """The products and the kernels between them at SDAR-8B's shapes: microseconds, and a share of
+    what the machine allows."""
+    columns = (1, 32, 64, 128, 256, 512)
+    found = {(r["op"], r["shape"], r["rows"]): r for r in report["results"]}
+    products = [
+        r["shape"] for r in report["results"]
+        if r["op"] == "gemm" and r["shape"].startswith("SDAR-8B ") and r["rows"] == 1
+    ]  # fmt: skip
+    lines = [
+        f"| kernel, at rows: | {' | '.join(map(str, columns))} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for shape in products:
+        cells = [found["gemm", shape, rows] for rows in columns]
+        shares = [f"{r['us']:.1f} ({r['percent_of_ceiling']:.0f}%)" for r in cells]
+        name = shape.removeprefix("SDAR-8B ")
+        lines.append(f"| gemm {name} | {' | '.join(shares)} |")
+    small = (
+        ("rms_norm", "SDAR-8B + residual"),
+        ("qk_norm_rope_kv_write", "SDAR-8B"),
+        ("silu_mul", "SDAR-8B"),
+        ("unmask", "151936 greedy"),
+    )
+    for op, shape in small:
+        cells = [found[op, shape, rows] for rows in columns]
+        shares = [f"{r['us']:.1f} ({r['percent_of_copy']:.0f}%)" for r in cells]
+        lines.append(f"| {op} | {' | '.join(shares)} |")
+    return "\n".join(lines)
