@@ -191,7 +191,7 @@ __device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, SampledRow
   sums.weighted = reduce_lanes(sums.weighted, Sum());
   sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
   if (!draws) return;
-  __syncwarp();  // all have read it
+  __syncwarp();                                        // all have read it
   if (threadIdx.x % kWarp == 0) row.best = draw.best;  // the same in all lanes
   __syncwarp();
   draw.reduce_lanes();
