@@ -161,8 +161,8 @@ def throughput(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> No
 def one_run(llm: optimus.LLM, tasks: list[Task]) -> dict[str, Any]:
     """All tasks at once, after one short request. forward_ms: of a step on the device, copies of
     plan and results included; gap_ms: the rest of the run, by steps, tokenising and drawing up
-    outputs included; gap_p50_ms: median of the rest between two steps; full_*: steps with every
-    slot taken."""
+    outputs included; gap_p50_ms: median of the rest between two steps; host_p50_ms: medians of the
+    host's parts of a step; full_*: steps with every slot taken."""
     generate_answers(llm, tasks[:1], GREEDY)
     totals = StepTotals(llm.options.max_num_seqs)
     llm.on_step = totals.add
@@ -184,6 +184,10 @@ def one_run(llm: optimus.LLM, tasks: list[Task]) -> dict[str, Any]:
         "forward_ms": totals.forward_ms / totals.num_steps,
         "gap_ms": (seconds * 1e3 - totals.forward_ms) / totals.num_steps,
         "gap_p50_ms": percentile(gaps_ms(totals.records), 50),
+        "host_p50_ms": {
+            part: percentile([getattr(record, f"{part}_ms") for record in totals.records], 50)
+            for part in ("plan", "launch", "wait", "apply")
+        },
         "rows_per_step": totals.num_rows / totals.num_steps,
         "tokens_per_forward": score.tokens_per_forward,
         "rows_per_token": score.rows_per_token,

@@ -187,6 +187,10 @@ void bind_outputs(py::module_& m) {
       .def_readonly("predicted_ms", &StepRecord::predicted_ms)
       .def_readonly("forward_ms", &StepRecord::forward_ms)
       .def_readonly("step_ms", &StepRecord::step_ms)
+      .def_property_readonly("plan_ms", [](const StepRecord& r) { return r.host.plan_ms; })
+      .def_property_readonly("launch_ms", [](const StepRecord& r) { return r.host.launch_ms; })
+      .def_property_readonly("wait_ms", [](const StepRecord& r) { return r.host.wait_ms; })
+      .def_property_readonly("apply_ms", [](const StepRecord& r) { return r.host.apply_ms; })
       .def_readonly("meets_target", &StepRecord::meets_target)
       .def_readonly("reason", &StepRecord::reason)
       .def_readonly("arms", &StepRecord::arms);

@@ -88,6 +88,12 @@ struct StepPlan {
   }
 };
 
+// What the host did for a step. Launching includes the step itself where there is no device; the
+// device idles while results are applied and while the next step is planned and launched.
+struct HostTimes {
+  double plan_ms = 0, launch_ms = 0, wait_ms = 0, apply_ms = 0;
+};
+
 // What one step did, and why.
 struct StepRecord {
   uint64_t step = 0;   // from 1
@@ -101,6 +107,7 @@ struct StepRecord {
   int commits = 0;
   double expected_commits = 0, predicted_ms = 0;  // 0 = not estimated
   double forward_ms = 0, step_ms = 0;
+  HostTimes host;  // all 0 without an engine
   bool meets_target = true;
   std::string reason;
   std::vector<ArmEstimate> arms;  // what an elastic policy compared

@@ -13,6 +13,8 @@ double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+double ms_between(double begin_s, double end_s) { return (end_s - begin_s) * 1e3; }
+
 EngineConfig resolve(EngineConfig config, const Model& model) {
   OPTIMUS_CHECK(model.is_loaded(), "[engine] the model's weights are not loaded");
   OPTIMUS_CHECK(config.decode_mode == DecodeMode::ar || model.config().mask_token_id >= 0,
@@ -54,18 +56,26 @@ uint64_t Engine::add_request(std::vector<int32_t> prompt, SamplingParams params)
 }
 
 bool Engine::start_step() {
-  const StepPlan& plan = core_.plan(now_s());
+  const double begin = now_s();
+  const StepPlan& plan = core_.plan(begin);
   if (plan.seqs.empty()) return false;
+  const double planned = now_s();
   runner_.start(plan);
+  host_ = {ms_between(begin, planned), ms_between(planned, now_s()), 0, 0};
   is_started_ = true;
   return true;
 }
 
 void Engine::finish_step() {
   if (runner_.device() == Device::cuda) core_.prefetch();
+  const double begin = now_s();
   const StepResult result = runner_.finish();
+  const double done = now_s();
   is_started_ = false;
-  core_.apply(result, runner_.step_ms(), now_s());
+  core_.apply(result, runner_.step_ms(), done);
+  host_.wait_ms = ms_between(begin, done);
+  host_.apply_ms = ms_between(done, now_s());
+  core_.note_host(host_);
 }
 
 StepOutput Engine::step() {

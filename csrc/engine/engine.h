@@ -63,6 +63,7 @@ class Engine {
   std::shared_ptr<const Model> model_;
   Runner runner_;  // before core_: it knows how many pages there are
   EngineCore core_;
+  HostTimes host_;                     // of the step in progress
   bool is_started_ = false;            // a step is on the device
   std::optional<StepOutput> settled_;  // of a step that was waited for outside of step()
 };

@@ -32,6 +32,8 @@ class EngineCore {
   // what was learned until the step before.
   void apply(const StepResult& result, double forward_ms, double now_s);
   StepOutput report();
+  // Between apply() and report().
+  void note_host(const HostTimes& host) { record_.host = host; }
   // Brings what apply() and plan() will read back into the caches: since the plan was made, the
   // caller's work has taken its place there.
   void prefetch() const;

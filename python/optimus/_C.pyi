@@ -194,6 +194,12 @@ class StepRecord:
     predicted_ms: float  # 0 = no profile
     forward_ms: float
     step_ms: float
+    # The host's part: planning, starting the step (on the CPU, computing it too), waiting for its
+    # results, applying them. A GPU idles during all but the wait. 0 in the simulator.
+    plan_ms: float
+    launch_ms: float
+    wait_ms: float
+    apply_ms: float
     meets_target: bool
     reason: str
     arms: list[ArmEstimate]  # what an elastic policy compared

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _FIELDS = (
     "step", "start_s", "rows", "prefill_rows", "refresh_rows", "logit_rows", "num_seqs",
     "num_decoding", "num_waiting", "kv_tokens", "chunk_length", "refresh", "chunk_lengths",
-    "commits", "expected_commits", "predicted_ms", "forward_ms", "step_ms", "meets_target",
-    "reason",
+    "commits", "expected_commits", "predicted_ms", "forward_ms", "step_ms", "plan_ms", "launch_ms",
+    "wait_ms", "apply_ms", "meets_target", "reason",
 )  # fmt: skip
 _ARM_FIELDS = ("chunk_length", "refresh", "commits", "rows", "ms", "tpot_ms", "score", "verdict")
 # A counter track of the trace: its name -> the fields that it shows.
@@ -126,6 +126,11 @@ def explain(record: _C.StepRecord) -> str:
         lines.append(f"  time      {measured}, {record.predicted_ms:.3f} predicted: {error:+.1f}%")
     else:
         lines.append(f"  time      {measured}, no prediction")
+    if record.launch_ms > 0:
+        lines.append(
+            f"  host      planned in {record.plan_ms:.3f} ms, launched in {record.launch_ms:.3f}, "
+            f"applied in {record.apply_ms:.3f}"
+        )
     if not record.meets_target:
         lines.append("  target    no arm meets target_tpot_ms")
     if record.chunk_lengths:
