@@ -9,12 +9,13 @@ namespace optimus {
 namespace {
 
 void check_params(const SamplingParams& p) {
-  // Below it, logits / temperature overflows fp32 and the order of tokens is lost.
-  constexpr float kLowestTemperature = 1e-4f;
-  bool is_greedy = p.temperature == 0;
-  OPTIMUS_CHECK(is_greedy || (std::isfinite(p.temperature) && p.temperature >= kLowestTemperature),
-                "[sampling_params] temperature must be 0 (greedy) or at least ", kLowestTemperature,
-                ", got ", p.temperature);
+  // Below the range, logits / temperature overflows fp32 and the order of tokens is lost; above, what
+  // is no logit at all would be as likely as the best one.
+  constexpr float kLowest = 1e-4f, kHighest = 1e6f;
+  const bool is_greedy = p.temperature == 0;
+  OPTIMUS_CHECK(is_greedy || (p.temperature >= kLowest && p.temperature <= kHighest),
+                "[sampling_params] temperature must be 0 (greedy) or in [0.0001, 1000000], got ",
+                p.temperature);
   OPTIMUS_CHECK(p.top_k >= 0, "[sampling_params] top_k must be >= 0, got ", p.top_k);
   OPTIMUS_CHECK(p.top_p > 0 && p.top_p <= 1, "[sampling_params] top_p must be in (0, 1], got ",
                 p.top_p);

@@ -69,8 +69,8 @@ class SamplingParams:
         _check_float(
             "temperature",
             self.temperature,
-            "0 (greedy) or at least 0.0001",
-            lambda t: t == 0 or 1e-4 <= t < math.inf,
+            "0 (greedy) or in [0.0001, 1000000]",
+            lambda t: t == 0 or 1e-4 <= t <= 1e6,
         )
         _check_int("top_k", self.top_k, -1)
         _check_float("top_p", self.top_p, "in (0, 1]", lambda p: 0 < p <= 1)

@@ -98,15 +98,28 @@ def test_prompts_of_a_wrong_type(usable: LLM) -> None:
         (
             "temperature",
             float("nan"),
-            "temperature must be 0 \\(greedy\\) or at least 0.0001, got nan",
+            "temperature must be 0 \\(greedy\\) or in \\[0.0001, 1000000\\], got nan",
         ),
-        ("temperature", -0.5, "temperature must be 0 \\(greedy\\) or at least 0.0001, got -0.5"),
+        (
+            "temperature",
+            -0.5,
+            "temperature must be 0 \\(greedy\\) or in \\[0.0001, 1000000\\], got -0.5",
+        ),
         (
             "temperature",
             float("inf"),
-            "temperature must be 0 \\(greedy\\) or at least 0.0001, got inf",
+            "temperature must be 0 \\(greedy\\) or in \\[0.0001, 1000000\\], got inf",
         ),
-        ("temperature", 1e-5, "temperature must be 0 \\(greedy\\) or at least 0.0001, got 1e-05"),
+        (
+            "temperature",
+            1e-5,
+            "temperature must be 0 \\(greedy\\) or in \\[0.0001, 1000000\\], got 1e-05",
+        ),
+        (
+            "temperature",
+            1e20,
+            "temperature must be 0 \\(greedy\\) or in \\[0.0001, 1000000\\], got 1e\\+20",
+        ),
         ("temperature", "hot", "temperature must be a number, got 'hot'"),
         ("top_k", -2, "top_k must be >= -1, got -2"),
         ("top_k", 1.5, "top_k must be an int, got 1.5"),

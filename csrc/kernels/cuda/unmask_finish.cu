@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     for (int i = 0; i < kWarps; ++i) {
       if (shared.left[i] == Left::filter) {
         left = filter_row<T, kVector>(p, workspace, num_tiles, first + i * gridDim.x, i, shared);
+        __syncthreads();  // all have read it
         if (threadIdx.x == 0) shared.left[i] = left;
         __syncthreads();
       }

@@ -152,11 +152,13 @@ TEST(EngineRequests, BadArgumentsThrowAndChangeNothing) {
           [](Job& j) { j.prompt.resize(96); });
   rejects("needs 9 pages of 8 tokens, the kv cache has 8",
           [](Job& j) { j.params.max_tokens = 56; });
-  rejects("temperature must be 0 (greedy) or at least 0.0001, got 1e-05",
+  rejects("temperature must be 0 (greedy) or in [0.0001, 1000000], got 1e-05",
           [](Job& j) { j.params.temperature = 1e-5f; });
-  rejects("temperature must be 0 (greedy) or at least 0.0001, got -1",
+  rejects("temperature must be 0 (greedy) or in [0.0001, 1000000], got -1",
           [](Job& j) { j.params.temperature = -1; });
-  rejects("temperature must be 0 (greedy) or at least 0.0001, got nan",
+  rejects("temperature must be 0 (greedy) or in [0.0001, 1000000], got 2e+06",
+          [](Job& j) { j.params.temperature = 2e6f; });
+  rejects("temperature must be 0 (greedy) or in [0.0001, 1000000], got nan",
           [&](Job& j) { j.params.temperature = nan; });
   rejects("top_k must be >= 0, got -2", [](Job& j) { j.params.top_k = -2; });
   rejects("top_p must be in (0, 1], got 0", [](Job& j) { j.params.top_p = 0; });
@@ -263,6 +265,7 @@ TEST(EngineRequests, ForwardChecksItsArguments) {
   rejects("got position 8 and kv_limit 9", {1}, {8}, {9}, {0});
   rejects("got position 0 and kv_limit 0", {1}, {0}, {0}, {0});
   rejects("at most 12 pages, got 13", {1}, {0}, {1}, std::vector<int32_t>(13, 0));
+  rejects("kv_limits must not decrease, got 2 and then 1", {1, 1}, {0, 1}, {2, 1}, {0});
   EXPECT_EQ(engine.forward({1}, {0}, {1}, {3}).size(), 61u);
 }
 
