@@ -97,7 +97,9 @@ void launch_attention(const BlockAttentionParams& params, const Workspace& ws,
   OPTIMUS_CUDA_CHECK(
       cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   int num_slots = std::min(kMaxSlots, (available - Layout::bytes(0)) / (2 * kTileBytes<kHeadDim>));
-  OPTIMUS_CHECK(num_slots >= 1, "[block_attention] needs ", Layout::bytes(1),
+  // Two warpgroups that take tiles in turn hold the V of one while they wait for the one after next.
+  const int least_slots = copies_in_bulk(kernel) ? 3 : 1;
+  OPTIMUS_CHECK(num_slots >= least_slots, "[block_attention] needs ", Layout::bytes(least_slots),
                 " bytes of shared memory per block, this GPU has ", available);
   int shared_bytes = Layout::bytes(num_slots);
   OPTIMUS_CUDA_CHECK(
