@@ -2,7 +2,7 @@
 // part of the engine that calls kernels.
 //
 // On CUDA a step is: one copy of the plan to the device, build_rows, one graph (forward and unmask),
-// one copy of the results back. A graph is captured at start-up for each of a few numbers of rows; a
+// the results back (two copies). A graph is captured at start-up for each of a few numbers of rows; a
 // step takes the next larger one, with padding behind its rows. Steps without logits rows (prompts
 // alone) or with more rows than any graph are launched kernel by kernel, without padding.
 #pragma once

@@ -24,7 +24,7 @@
 namespace optimus::cuda::stream {
 
 struct Args {
-  void* out;  // [rows, n] bf16, or fp32
+  void* out;  // [rows, n] bf16, or fp32; with silu [rows, n / 2] bf16
   int rows, n;
   int num_chunks;        // stages that cover k
   int num_tiles;         // that cover n
@@ -299,7 +299,7 @@ struct Consumer {
     }
   }
 
-  // In two steps: to shared memory, [row][kTileN], then in rows of the tile's width. Of the groups in
+  // In two steps: to shared memory, [row][kTileN] (or half as many activations), then in rows of the tile's width. Of the groups in
   // shared memory, group i is group first + i * step of out.
   __device__ __forceinline__ void stage(uint32_t to, int group, const float (&sums)[4]) const {
     if (args.silu) {

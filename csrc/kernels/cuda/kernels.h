@@ -23,7 +23,8 @@ void unmask(const UnmaskParams&, cudaStream_t);
 size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size);
 void gemm(const GemmParams&, cudaStream_t);
 bool gemm_takes_silu(const GemmParams&);  // the streaming kernel's alone
-// Whose kernels gemm may take: the library's, or for up to 128 rows in bf16 the streaming kernel.
+// Whose kernels gemm may take: the library's, or for up to 128 rows in bf16 the streaming kernel (with
+// silu the latter alone).
 enum class GemmKernels : uint8_t { any, library, stream };
 // At start-up, outside of graph capture: chooses the kernel of these rows (and the others of their
 // bucket: multiples of 8 up to 256, of 64 up to 1024, then of 512), n, k and types once, by the

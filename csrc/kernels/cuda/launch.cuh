@@ -2,11 +2,15 @@
 //
 // A dependent kernel's CTAs become resident while the kernel before it runs, as soon as all CTAs of
 // that one allow it and where there is room. For that every kernel begins with
-// wait_for_previous_kernel(), before any access to global memory. It allows the successor to start and
-// then waits until the predecessor is complete and its memory visible. Each kernel waits so, whatever
-// started early: a complete predecessor means that everything before it is complete, and the stream
-// order of memory holds. A kernel that reads weights before the wait relies on nothing in the stream
-// writing them. Kernels of libraries are launched plainly and wait for everything.
+// wait_for_previous_kernel(): it allows the successor to start and then waits until the predecessor is
+// complete and its memory visible. Each kernel waits so, whatever started early: a complete predecessor
+// means that everything before it is complete, and the stream order of memory holds.
+//
+// What a kernel reads before the wait must not be the work of kernels that may still run:
+//   weights           (rms_norm, qk_norm_rope_kv_write, gemm_stream) nothing in the stream writes;
+//   a step's schedule (block_attention) and the rows it was made of: its kernel lets no successor
+//                     start before they are all written.
+// Kernels of libraries are launched plainly and wait for everything.
 #pragma once
 
 #include <cuda_runtime.h>
