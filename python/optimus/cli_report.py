@@ -79,7 +79,7 @@ class RunLog:
             return
         if self.explain <= len(records):
             record = records[self.explain - 1]  # numbered by its engine, earlier runs included
-            self.explanations.append(f"{name}, step {self.explain} of the run: {explain(record)}")
+            self.explanations.append(f"{name}, step {self.explain} of the run:\n{explain(record)}")
         else:
             self.explanations.append(f"{name}: the last run had {len(records)} steps")
 

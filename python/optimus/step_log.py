@@ -120,16 +120,17 @@ def explain(record: _C.StepRecord) -> str:
         f"{record.refresh_rows} refresh, {_refed_rows(record)} fed again"
     )
     lines.append("  commits   " + _against(record.commits, record.expected_commits, "expected"))
-    measured = f"{record.step_ms:.3f} ms measured ({record.forward_ms:.3f} in the model)"
+    measured = f"{_ms(record.step_ms)} ms measured ({_ms(record.forward_ms)} in the model)"
     if record.predicted_ms > 0:
-        error = 100 * (record.step_ms / record.predicted_ms - 1)
-        lines.append(f"  time      {measured}, {record.predicted_ms:.3f} predicted: {error:+.1f}%")
+        error = record.step_ms / record.predicted_ms - 1
+        off = f"{100 * error:+.1f}%" if error < 10 else f"{error + 1:.0f} times as long"
+        lines.append(f"  time      {measured}, {_ms(record.predicted_ms)} predicted: {off}")
     else:
         lines.append(f"  time      {measured}, no prediction")
     if record.launch_ms > 0:
         lines.append(
-            f"  host      planned in {record.plan_ms:.3f} ms, launched in {record.launch_ms:.3f}, "
-            f"applied in {record.apply_ms:.3f}"
+            f"  host      planned in {_ms(record.plan_ms)} ms, launched in "
+            f"{_ms(record.launch_ms)}, applied in {_ms(record.apply_ms)}"
         )
     if not record.meets_target:
         lines.append("  target    no arm meets target_tpot_ms")
@@ -138,6 +139,10 @@ def explain(record: _C.StepRecord) -> str:
             "  chunks    masks evaluated x requests: " + _counts_text(record.chunk_lengths)
         )
     return "\n".join(lines + _arm_lines(record))
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:.0f}"
 
 
 def _refed_rows(record: _C.StepRecord) -> int:
@@ -159,7 +164,8 @@ def _arm_lines(record: _C.StepRecord) -> list[str]:
     for arm in sorted(arms, key=lambda arm: arm.score, reverse=True):
         lines.append(
             f"  {arm.chunk_length:5d} {_kv(arm):7} {arm.commits:7.2f} {arm.rows:6.1f} "
-            f"{arm.ms:8.3f} {_rate(arm):9.1f} {arm.tpot_ms:8.3f} {arm.score:7.2f}  {arm.verdict}"
+            f"{_ms(arm.ms):>8} {_rate(arm):9.1f} {_ms(arm.tpot_ms):>8} "
+            f"{arm.score:7{'.2f' if abs(arm.score) < 1000 else '.0f'}}  {arm.verdict}"
         )
     chosen = next((arm for arm in arms if arm.verdict == "chosen"), None)
     return lines if chosen is None else lines + _verdict_lines(record, chosen)
