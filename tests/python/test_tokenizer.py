@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from checkpoints import SPECIAL_TOKENS, make_tokenizer
@@ -61,6 +61,7 @@ def test_incremental_pieces_add_up(tokenizer: Tokenizer, ids: list[int]) -> None
 
 @given(st.text(max_size=20))
 def test_no_half_character_is_emitted(tokenizer: Tokenizer, text: str) -> None:
+    assume(not any(token in text for token in SPECIAL_TOKENS))  # those are left out
     detokenizer = IncrementalDetokenizer(tokenizer)
     pieces = [detokenizer.push(i) for i in tokenizer.encode(text, add_special_tokens=False)]
     if "\ufffd" not in text:
