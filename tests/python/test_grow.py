@@ -16,6 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from checkpoints import make_checkpoint
 from engine_testing import engine_model, make_engine
+from exact_logits import TOLERANCE, ExactLogits
 from optimus import LLM, SamplingParams
 from optimus.cli import main
 from optimus.config import DEMO_MODEL, load_checkpoint
@@ -25,7 +26,6 @@ from optimus.grow_tensors import FAINT, grow_tensors, head_scale, layer_places, 
 from oracle_models import fresh_seed
 from reference_decoding import block_kv_limits, block_visibility, transformers_forward
 
-TOLERANCE = 1e-4  # as in test_logits.py
 DEMO_TARGET = {
     "vocab_size": 3000, "hidden_size": 512, "intermediate_size": 1280, "num_hidden_layers": 8,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128,
@@ -122,11 +122,11 @@ def test_logits_are_the_parents(tmp_path: Path, name: str) -> None:
     small, big = oracle(parent), oracle(path)
     vocab = small.config.vocab_size
     tokens = np.random.default_rng(seed).integers(0, vocab, 56)
-    expected = transformers_logits(small, tokens, 8)
-    assert expected.std() > 1
+    exact = ExactLogits(small, tokens, block_visibility(len(tokens), 8))
+    assert exact.logits.std() > 1
     for logits in (transformers_logits(big, tokens, 8), engine_logits(big, tokens, 8)):
         assert logits.shape[1] == big.config.vocab_size
-        np.testing.assert_allclose(logits[:, :vocab], expected, atol=TOLERANCE, rtol=0)
+        exact.check(logits[:, :vocab], list(range(len(tokens))))
 
 
 def test_demo_logits_are_the_parents(tmp_path: Path) -> None:
