@@ -8,28 +8,6 @@
 namespace optimus {
 namespace {
 
-void check_params(const SamplingParams& p) {
-  // Below the range, logits / temperature overflows fp32 and the order of tokens is lost; above, what
-  // is no logit at all would be as likely as the best one.
-  constexpr float kLowest = 1e-4f, kHighest = 1e6f;
-  const bool is_greedy = p.temperature == 0;
-  OPTIMUS_CHECK(is_greedy || (p.temperature >= kLowest && p.temperature <= kHighest),
-                "[sampling_params] temperature must be 0 (greedy) or in [0.0001, 1000000], got ",
-                p.temperature);
-  OPTIMUS_CHECK(p.top_k >= 0, "[sampling_params] top_k must be >= 0, got ", p.top_k);
-  OPTIMUS_CHECK(p.top_p > 0 && p.top_p <= 1, "[sampling_params] top_p must be in (0, 1], got ",
-                p.top_p);
-  OPTIMUS_CHECK(p.confidence_threshold >= 0 && p.confidence_threshold <= 1,
-                "[sampling_params] confidence_threshold must be in [0, 1], got ",
-                p.confidence_threshold);
-  OPTIMUS_CHECK(p.entropy_bound >= 0, "[sampling_params] entropy_bound must be >= 0, got ",
-                p.entropy_bound);
-  OPTIMUS_CHECK(p.denoising_steps >= 0, "[sampling_params] denoising_steps must be >= 0, got ",
-                p.denoising_steps);
-  OPTIMUS_CHECK(p.max_tokens == -1 || p.max_tokens >= 1,
-                "[sampling_params] max_tokens must be at least 1, got ", p.max_tokens);
-}
-
 bool contains(const std::vector<int32_t>& ids, int32_t id) {
   return std::find(ids.begin(), ids.end(), id) != ids.end();
 }
@@ -56,7 +34,7 @@ void EngineCore::check_prompt(const std::vector<int32_t>& prompt) const {
 
 uint64_t EngineCore::add_request(std::vector<int32_t> prompt, SamplingParams params, double now_s) {
   check_prompt(prompt);
-  check_params(params);
+  validate(params);
   int room = config_.max_model_len - static_cast<int>(prompt.size());
   params.max_tokens = params.max_tokens < 0 ? room : std::min(params.max_tokens, room);
   int pages = scheduler_.pages_for(static_cast<int>(prompt.size()) + params.max_tokens);

@@ -24,6 +24,8 @@ struct SamplingParams {
   float entropy_bound = 0.3f;
   int denoising_steps = 0;  // 0 = block_length
 };
+// Throws std::invalid_argument for what no model could decode with.
+void validate(const SamplingParams&);
 
 enum class RequestStatus : uint8_t { waiting, prefilling, decoding, finished };
 enum class FinishReason : uint8_t { none, stop, length, abort };
