@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from .outputs import RequestOutput
 from .profiles import Profile, measured_profile, to_profile
 from .progress import progress_bar
 from .prompts import Prompt, as_list, as_token_ids, check_prompt
-from .sampling_params import SamplingParams
+from .sampling_params import SamplingParams, check_params, params_of_each
 from .tokenizer import Message, Tokenizer
 from .tracker import LiveRequest, RequestTracker
 from .weights import load_weights
@@ -370,19 +370,7 @@ class LLM:
         self, prompts: Sequence[Prompt], sampling_params: Params, *, is_chat: bool = False
     ) -> list[_Request]:
         """Tokenises and checks everything; queues nothing."""
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
-        else:
-            if not isinstance(sampling_params, Iterable):
-                raise ValueError(
-                    f"[llm] sampling_params must be SamplingParams, got {sampling_params!r}"
-                )
-            params = list(sampling_params)
-        for p in params:
-            if not isinstance(p, SamplingParams):
-                raise ValueError(f"[llm] sampling_params must hold SamplingParams, got {p!r}")
-        if len(params) != len(prompts):
-            raise ValueError(f"[llm] {len(prompts)} prompts but {len(params)} sampling_params")
+        params = params_of_each(sampling_params, len(prompts))
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         encoded: Iterator[list[int]] = iter(())
         if texts:
@@ -400,18 +388,7 @@ class LLM:
         check_prompt(index, ids, self.checkpoint.vocab_size, self.max_model_len)
         if params.stop:
             self._require_tokenizer("a stop string")
-        block = self.checkpoint.block_length
-        if params.denoising_steps is not None and block and params.denoising_steps > block:
-            raise ValueError(
-                f"[llm] denoising_steps must be in [1, block_length {block}], got "
-                f"{params.denoising_steps}"
-            )
-        for token_id in params.stop_token_ids:
-            if token_id >= self.checkpoint.vocab_size:
-                raise ValueError(
-                    f"[llm] stop_token_ids must be in [0, {self.checkpoint.vocab_size}), got "
-                    f"{token_id}"
-                )
+        check_params(params, self.checkpoint.vocab_size, self.checkpoint.block_length)
         self._num_requests += 1
         seed = (self.options.seed * 0x9E3779B97F4A7C15 + self._num_requests) % 2**64
         text = prompt if isinstance(prompt, str) else None

@@ -164,3 +164,33 @@ def _check_float(
         _fail(name, "be a number", value)
     if abs(value) > sys.float_info.max or not math.isfinite(value) or not accepts(value):
         _fail(name, f"be {rule}", value)
+
+
+def params_of_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """One for every prompt, whether one was given, one each, or none. Raises ValueError for what is
+    neither."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if not isinstance(params, Iterable):
+        raise ValueError(f"[llm] sampling_params must be SamplingParams, got {params!r}")
+    found = list(params)
+    for p in found:
+        if not isinstance(p, SamplingParams):
+            raise ValueError(f"[llm] sampling_params must hold SamplingParams, got {p!r}")
+    if len(found) != num_prompts:
+        raise ValueError(f"[llm] {num_prompts} prompts but {len(found)} sampling_params")
+    return found
+
+
+def check_params(params: SamplingParams, vocab_size: int, block_length: int | None) -> None:
+    """Raises ValueError for what a model with these sizes cannot decode with."""
+    steps = params.denoising_steps
+    if steps is not None and block_length and steps > block_length:
+        raise ValueError(
+            f"[llm] denoising_steps must be in [1, block_length {block_length}], got {steps}"
+        )
+    for token_id in params.stop_token_ids:
+        if token_id >= vocab_size:
+            raise ValueError(f"[llm] stop_token_ids must be in [0, {vocab_size}), got {token_id}")
