@@ -1,12 +1,15 @@
-"""The engine on a GPU: answers, step times against what they must cost, and throughput.
+"""The engine on a GPU: answers, step times against what they must cost, throughput, and traces.
 
-    python bench/gpu_engine.py FOLDER [--parts accuracy steps throughput] [--grow-to sdar-8b]
+    python bench/gpu_engine.py FOLDER [--parts accuracy steps throughput idle kernels]
+                               [--grow-to sdar-8b]
 
 accuracy: the demo model's answers to held-out prompts in each mode, on this device and on the CPU.
 steps: time of a step of the grown model, its rows in sequences of 8 that read 1,024 positions each,
     against its matrix products alone in one CUDA graph plus the KV bytes at the measured copy
     bandwidth.
 throughput: offline, of the grown model, by mode and concurrency, with the accuracy beside it.
+idle, kernels: where the GPU's time goes, from profiler traces of the same steps and runs
+    (gpu_trace.py); on a GPU alone.
 One JSON file per part, written as far as it got; a part that fails does not stop the others.
 """
 
@@ -22,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_trace
 import optimus
 from optimus.arms import parse_arm
 from optimus.bench import StepTotals
@@ -39,12 +43,37 @@ ACCURACY_MODES: dict[str, dict[str, Any]] = {
     "elastic": {"decode_mode": "elastic"},
     "elastic_per_request": {"decode_mode": "elastic_per_request"},
 }
-THROUGHPUT_MODES = ("ar", "block", "chunk:4/freeze", "chunk:8/freeze", "elastic")
+THROUGHPUT_MODES = (
+    "ar", "block", "chunk:4/freeze", "chunk:8/freeze", "elastic", "elastic_per_request",
+)  # fmt: skip
 STEP_ROWS = (1, 32, 64, 128, 256, 512)
 ROWS_PER_SEQ, CONTEXT = 8, 1024
 GREEDY = optimus.SamplingParams(temperature=0.0, max_tokens=256)
 
 Write = Callable[[dict[str, Any]], None]
+
+
+def engine_of_steps(grown: optimus.LLM) -> optimus.LLM:
+    """For steps of up to STEP_ROWS rows with CONTEXT positions to read."""
+    most_seqs = max(STEP_ROWS) // ROWS_PER_SEQ
+    token_bytes = kv_bytes_per_token(grown.checkpoint, grown.dtype)
+    return grown.with_options(
+        decode_mode="chunk", kv_policy="freeze", max_num_seqs=most_seqs,
+        max_num_batched_rows=max(STEP_ROWS),
+        kv_cache_memory=(most_seqs + 1) * (CONTEXT + 64) * token_bytes,
+    )  # fmt: skip
+
+
+def engine_at_load(grown: optimus.LLM, mode: str, concurrency: int) -> optimus.LLM:
+    """For that many short answers at once, with room for a whole block of everybody's."""
+    block = grown.checkpoint.block_length or 1
+    token_bytes = kv_bytes_per_token(grown.checkpoint, grown.dtype)
+    return grown.with_options(
+        max_num_seqs=concurrency, max_model_len=512, enable_prefix_cache=False,
+        kv_cache_memory=(concurrency + 1) * 512 * token_bytes,
+        max_num_batched_rows=max(512, concurrency * block * 5 // 4),
+        **parse_arm(mode).options(),
+    )  # fmt: skip
 
 
 def accuracy(args: argparse.Namespace, write: Write) -> None:
@@ -96,13 +125,8 @@ def copy_gb_s() -> float | None:
 
 def steps(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
     bandwidth = copy_gb_s()
-    most_seqs = max(STEP_ROWS) // ROWS_PER_SEQ
     token_bytes = kv_bytes_per_token(grown.checkpoint, grown.dtype)
-    llm = grown.with_options(
-        decode_mode="chunk", kv_policy="freeze", max_num_seqs=most_seqs,
-        max_num_batched_rows=max(STEP_ROWS),
-        kv_cache_memory=(most_seqs + 1) * (CONTEXT + 64) * token_bytes,
-    )  # fmt: skip
+    llm = engine_of_steps(grown)
     result: dict[str, Any] = {
         "copy_gb_s": bandwidth, "context": CONTEXT, "rows_per_seq": ROWS_PER_SEQ,
         "memory": llm.memory, "graphs": llm.engine.graphs, "rows": [],
@@ -127,8 +151,6 @@ def steps(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
 
 def throughput(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
     rows: list[dict[str, Any]] = []
-    block = grown.checkpoint.block_length or 1
-    token_bytes = kv_bytes_per_token(grown.checkpoint, grown.dtype)
     deadline = time.monotonic() + args.throughput_seconds
     for concurrency in args.concurrency:
         tasks = load_tasks(args.tasks, min(1500, max(8, 3 * concurrency)))
@@ -138,13 +160,7 @@ def throughput(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> No
                 return
             start = time.perf_counter()
             try:
-                llm = grown.with_options(
-                    max_num_seqs=concurrency, max_model_len=512, enable_prefix_cache=False,
-                    kv_cache_memory=(concurrency + 1) * 512 * token_bytes,
-                    # Room for a whole block of everybody's.
-                    max_num_batched_rows=max(512, concurrency * block * 5 // 4),
-                    **parse_arm(mode).options(),
-                )  # fmt: skip
+                llm = engine_at_load(grown, mode, concurrency)
                 setup_seconds = time.perf_counter() - start
                 row = {"mode": mode, "concurrency": concurrency, **one_run(llm, tasks)}
             except Exception:
@@ -203,10 +219,45 @@ def gaps_ms(records: Sequence[_C.StepRecord]) -> list[float]:
     ]
 
 
+def idle(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
+    rows: list[dict[str, Any]] = []
+    for concurrency, mode in itertools.product(args.concurrency, args.modes):
+        llm = engine_at_load(grown, mode, concurrency)
+        tasks = load_tasks(args.tasks, max(2, concurrency))
+        params = optimus.SamplingParams(temperature=0.0, max_tokens=64)
+        generate_answers(llm, tasks[:1], params)
+        events = gpu_trace.record(generate_answers, llm, tasks, params)
+        row = {"mode": mode, "concurrency": concurrency, **gpu_trace.idle_summary(events)}
+        rows.append(row)
+        print(row, flush=True)
+        write({"rows": rows})
+        del llm
+        gc.collect()
+
+
+def kernels(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
+    llm = engine_of_steps(grown)
+    tables: list[dict[str, Any]] = []
+    for rows in STEP_ROWS:
+        shape = (rows, max(1, rows // ROWS_PER_SEQ), CONTEXT)
+        llm.engine.time_forward(*shape, 2)
+        events = gpu_trace.record(llm.engine.time_forward, *shape, gpu_trace.REPEATS)
+        table = {"rows": rows, **gpu_trace.kernel_table(events)}
+        tables.append(table)
+        print(gpu_trace.table_text(table), flush=True)
+        write({"tables": tables})
+
+
+PARTS = {
+    "accuracy": accuracy, "steps": steps, "throughput": throughput, "idle": idle,
+    "kernels": kernels,
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", default=["accuracy", "steps", "throughput"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS)[:3])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--grow-to", default="sdar-8b")
     parser.add_argument("--tasks", type=Path, default=None)
@@ -232,16 +283,14 @@ def main() -> None:
             (args.folder / f"engine_{part}.json").write_text(text + "\n")
 
         try:
-            {"accuracy": accuracy, "steps": steps, "throughput": throughput}[part](
-                args, write, *more
-            )
+            PARTS[part](args, write, *more)
         except Exception:
             traceback.print_exc()
         print(f"{part}: {time.perf_counter() - start:.1f} s", flush=True)
 
     if "accuracy" in args.parts:
         run("accuracy")
-    if {"steps", "throughput"} & set(args.parts):
+    if set(args.parts) - {"accuracy"}:
         start = time.perf_counter()
         grown = optimus.LLM(
             device=args.device, grow_to=args.grow_to, decode_mode="ar", kv_cache_memory="1GiB",
@@ -250,8 +299,8 @@ def main() -> None:
         head["grown_from"] = grown.checkpoint.grown_from
         head["load_seconds"] = time.perf_counter() - start
         print(f"{args.grow_to}: {head['load_seconds']:.1f} s", flush=True)
-        for part in ("steps", "throughput"):
-            if part in args.parts:
+        for part in PARTS:
+            if part in args.parts and part != "accuracy":
                 run(part, grown)
 
 
