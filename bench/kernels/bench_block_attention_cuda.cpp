@@ -118,13 +118,14 @@ class Bench {
     Result result;
     result.name = name;
     result.seqs = static_cast<int>(batch.size());
-    std::vector<int32_t> cu = {0}, limits;
+    std::vector<int32_t> cu = {0}, limits, positions;
     int stride = 1, pages = 0;
     for (const Sequence& seq : batch) {
       cu.push_back(cu.back() + seq.rows);
       for (int i = 0; i < seq.rows; ++i) {
         int below = seq.block == 0 ? 0 : (seq.rows - 1 - i) / seq.block * seq.block;
         limits.push_back(std::max(1, seq.kv_len - below));
+        positions.push_back(std::max(0, seq.kv_len - seq.rows + i));
         result.flops += 4.0 * limits.back() * kNumQHeads * kHeadDim;
       }
       int seq_pages = (seq.kv_len + kPageSize - 1) / kPageSize;
@@ -136,6 +137,7 @@ class Bench {
     int calls = calls_for(pages * kPageBytes);
     std::vector<DeviceBuffer<int32_t>> tables = page_tables(batch, calls, stride);
     DeviceBuffer<int32_t> device_cu = upload(cu), device_limits = upload(limits);
+    DeviceBuffer<int32_t> device_positions = upload(positions);
     DeviceBuffer<uint16_t> q(size_t(result.rows) * kNumQHeads * kHeadDim), out(q.size());
     fill_random_bf16(q.data(), q.size(), 3, stream_);
     BlockAttentionParams params = {
@@ -143,6 +145,7 @@ class Bench {
         nullptr,  out.data(), result.seqs, kNumQHeads,       kNumKvHeads,
         kHeadDim, kPageSize,  stride,      0.0883883f,       DType::bfloat16};
     params.max_rows = result.rows;
+    params.positions = device_positions.data();
     DeviceBuffer<char> workspace(cuda::block_attention_workspace_bytes(params));
     params.workspace = workspace.data();
     params.workspace_bytes = workspace.size();

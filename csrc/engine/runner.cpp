@@ -214,6 +214,9 @@ std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
                       kv_limits[i] <= capacity,
                   "[forward] positions and kv_limits must lie in ", page_ids.size(), " pages of ",
                   page_size, ", got position ", positions[i], " and kv_limit ", kv_limits[i]);
+    OPTIMUS_CHECK(positions[i] >= positions[0],
+                  "[forward] no position may lie before the first row's, ", positions[0], ", got ",
+                  positions[i]);
     OPTIMUS_CHECK(i == 0 || kv_limits[i] >= kv_limits[i - 1],
                   "[forward] kv_limits must not decrease, got ", kv_limits[i - 1], " and then ",
                   kv_limits[i]);

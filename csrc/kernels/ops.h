@@ -127,13 +127,17 @@ struct BlockAttentionParams {
   DType dtype;
   // CUDA only. The workspace holds the step's schedule and partial results: filled by
   // block_attention_schedule, then used by block_attention of every layer with the same
-  // cu_seqlens_q, kv_limits and shapes; one step at a time.
+  // cu_seqlens_q, kv_limits, positions and shapes; one step at a time.
   void* workspace = nullptr;   // 256-byte aligned
   size_t workspace_bytes = 0;  // at least block_attention_workspace_bytes
   int max_rows = 0;            // bound on cu_seqlens_q[num_seqs], which only the device knows
   // For how long a CTA that has done its share waits for others that had parts of the same rows,
   // before it leaves the merge to the last of them.
   int64_t merge_wait_cycles = 100000;
+  // [rows] where the step writes keys, in a sequence nowhere before its first row's; or null. Keys
+  // before that, which no kernel behind block_attention_schedule may write, are read while the kernel
+  // before block_attention still runs.
+  const int32_t* positions = nullptr;
 };
 // On CUDA: bf16, head_dim 64 or 128, page_size 16, 32, 64 or 128, at most 16 q heads per KV head,
 // scale > 0. The lengths are read on the device alone, so a captured graph serves any lengths within
@@ -141,7 +145,7 @@ struct BlockAttentionParams {
 // rows: the same call gives the same bits every time, but a row's bits may change with its batch.
 void block_attention(const BlockAttentionParams&, const Execution&);
 // Once per step, before the first layer's block_attention; reads num_seqs, the head counts,
-// cu_seqlens_q, kv_limits, max_rows and the workspace. Does nothing on the CPU.
+// cu_seqlens_q, kv_limits, positions, max_rows and the workspace. Does nothing on the CPU.
 void block_attention_schedule(const BlockAttentionParams&, const Execution&);
 // From num_seqs, max_rows, the head counts and head_dim, for the current device; 0 on the CPU.
 size_t block_attention_workspace_bytes(const BlockAttentionParams&, const Execution&);

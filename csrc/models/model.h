@@ -48,7 +48,7 @@ struct Activations {
 // Rows of a step as the model needs them; the arrays are those of StepRows.
 struct ForwardBatch {
   const int32_t* token_ids;     // [num_rows]
-  const int32_t* positions;     // [num_rows]
+  const int32_t* positions;     // [num_rows] in a sequence nowhere before its first row's
   const int32_t* kv_limits;     // [num_rows]
   const int32_t* kv_slots;      // [num_rows]
   const int32_t* cu_seqlens_q;  // [num_seqs + 1]

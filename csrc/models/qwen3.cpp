@@ -265,6 +265,7 @@ BlockAttentionParams Model::attention_params(int layer_idx, const ForwardBatch& 
   params.workspace = a.attention_workspace.data();
   params.workspace_bytes = a.attention_workspace.size();
   params.max_rows = b.num_rows;
+  params.positions = b.positions;
   return params;
 }
 

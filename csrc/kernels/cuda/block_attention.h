@@ -30,7 +30,7 @@ struct Item {
   int packed_begin, packed_count;
   int num_tiles;                // key tiles of one head, up to the largest limit
   int first_limit, last_limit;  // smallest and largest kv_limit of its rows
-  int pad;
+  int num_old_keys;             // of the sequence, complete before the step's first layer
 };
 
 // A tile's place on the line.

@@ -27,9 +27,9 @@ struct Producer {
     Piece piece(args, share);
     if (!piece.valid()) return;
     Pages pages = load_pages(piece, piece.at.tile);
-    wait_until_previous_is_done();
+    bool has_waited = false;
     while (true) {
-      stream(piece, pages, at);
+      stream(piece, pages, at, has_waited);
       piece.next(args);
       if (!piece.valid()) return;
       pages = load_pages(piece, piece.at.tile);
@@ -43,10 +43,16 @@ struct Producer {
     return {first, __ldcg(pages + min(first + lane, last_page))};
   }
 
-  // New pages every 32, always at the first page of a tile.
-  __device__ void stream(const Piece& piece, Pages& pages, RingPosition& at) const {
+  // New pages every 32, always at the first page of a tile. Keys that this step writes are there when
+  // the kernel before this one is done.
+  __device__ void stream(const Piece& piece, Pages& pages, RingPosition& at,
+                         bool& has_waited) const {
     for (int tile = piece.at.tile; tile < piece.end_tile; ++tile) {
       int key = tile * kTileKeys;
+      if (!has_waited && key + kTileKeys > piece.item.num_old_keys) {
+        wait_until_previous_is_done();
+        has_waited = true;
+      }
       if (key >> args.page_shift >= pages.first + 32) pages = load_pages(piece, tile);
       int keys = min(kTileKeys, piece.item.last_limit - key);
       if (is_v) {

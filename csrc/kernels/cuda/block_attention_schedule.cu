@@ -16,6 +16,7 @@ constexpr int kCachedItems = 768;  // kept in shared memory for the searches; el
 struct ScheduleArgs {
   const int32_t* cu_seqlens_q;
   const int32_t* kv_limits;
+  const int32_t* positions;
   int num_seqs, group, num_kv_heads;
   Workspace ws;
 };
@@ -72,6 +73,7 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
   item.first_limit = args.kv_limits[item.row_begin + item.packed_begin / args.group];
   item.last_limit = args.kv_limits[item.row_begin + last / args.group];
   item.num_tiles = (item.last_limit + kTileKeys - 1) / kTileKeys;
+  item.num_old_keys = args.positions == nullptr ? 0 : args.positions[item.row_begin];
   return item;
 }
 
@@ -207,9 +209,11 @@ __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
   } else if (num_shares / num_heads * num_heads * 10 >= num_shares * 9) {
     const Item& item = line.items[0];
     // A part of one tile costs more to merge than it saves, and an SM that the next kernel could use.
-    // Few tiles: half of the SMs read them nearly as fast, with half of the parts to merge.
+    // Few tiles: whole heads on half of the SMs are read nearly as fast, with nothing to merge; else
+    // parts of some tiles each.
     const bool is_short = !is_tall(item) && num_heads * item.num_tiles <= 8 * num_shares;
-    const int parts = num_shares / num_heads / (is_short ? 2 : 1);
+    const int most = num_shares / num_heads;
+    const int parts = !is_short ? most : most <= 3 ? 1 : min(most, item.num_tiles / 4);
     even.parts = max(1, min(parts, item.num_tiles / 2));
   }
   return even;
@@ -270,9 +274,13 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
 }  // namespace
 
 void launch_schedule(const BlockAttentionParams& params, const Workspace& ws, cudaStream_t stream) {
-  ScheduleArgs args = {params.cu_seqlens_q, params.kv_limits,
-                       params.num_seqs,     params.num_q_heads / params.num_kv_heads,
-                       params.num_kv_heads, ws};
+  ScheduleArgs args = {params.cu_seqlens_q,
+                       params.kv_limits,
+                       params.positions,
+                       params.num_seqs,
+                       params.num_q_heads / params.num_kv_heads,
+                       params.num_kv_heads,
+                       ws};
   launch(schedule_kernel, {dim3(1), dim3(kThreads)}, stream, args);
 }
 

@@ -9,7 +9,8 @@
 // What a kernel reads before the wait must not be the work of kernels that may still run:
 //   weights           (rms_norm, qk_norm_rope_kv_write, gemm_stream) nothing in the stream writes;
 //   a step's schedule (block_attention) and the rows it was made of: its kernel lets no successor
-//                     start before they are all written.
+//                     start before they are all written;
+//   keys and values   (block_attention) of steps before, for the same reason.
 // Kernels of libraries are launched plainly and wait for everything.
 #pragma once
 

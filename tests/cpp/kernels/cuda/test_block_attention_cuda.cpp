@@ -407,6 +407,70 @@ TEST_F(CudaBlockAttention, AGraphServesOtherLengths) {
   OPTIMUS_CUDA_CHECK(cudaStreamDestroy(stream));
 }
 
+// Rows at the ends of their sequences, whose keys the kernel before writes: with positions the others
+// are read before it is done, those are not. A long kernel ahead of both leaves time to be wrong.
+TEST_F(CudaBlockAttention, WaitsForTheKeysOfItsStep) {
+  Rng rng(312);
+  const Shape shape = {8, 2, 128, 64};
+  const Limits limits = {std::vector<int>(8, 1000), {},  std::vector<int>(5, 70),
+                         staircase(40, 32, 333),    {1}, std::vector<int>(64, 64)};
+  const int stride = 18, num_pages = pages_of(limits, shape.page_size);
+  Step step(rng, limits, shape.page_size, num_pages, stride);
+  const int rows = step.num_rows(), width = (shape.num_q_heads + 2 * shape.num_kv_heads) * 128;
+  Fixture fixture(rng, shape, num_pages, stride, static_cast<int>(limits.size()), rows);
+  fixture.poison_pages(step);
+  Values qkv(rng, size_t(rows) * width), written_k = fixture.k, written_v = fixture.v;
+  std::vector<int32_t> positions, slots;
+  for (size_t s = 0; s < limits.size(); ++s) {
+    const int count = static_cast<int>(limits[s].size());
+    for (int i = 0; i < count; ++i) {
+      const int position = limits[s].back() - count + i, row = static_cast<int>(positions.size());
+      const int page = step.page_table[s * stride + position / 64];
+      positions.push_back(position);
+      slots.push_back(page * 64 + position % 64);
+      for (int at = 0; at < width; ++at) {
+        const float value = qkv.bf16.get(size_t(row) * width + at);
+        const int head = at / 128 - shape.num_q_heads, kv_head = head % shape.num_kv_heads;
+        if (head < 0) {
+          fixture.q.set(size_t(row) * shape.num_q_heads * 128 + at, value);
+          continue;
+        }
+        const size_t to =
+            ((size_t(page) * shape.num_kv_heads + kv_head) * 64 + position % 64) * 128 + at % 128;
+        const bool is_v = head >= shape.num_kv_heads;
+        (is_v ? written_v : written_k).set(to, value);
+        (is_v ? fixture.v : fixture.k).set(to, std::numeric_limits<float>::quiet_NaN());
+      }
+    }
+  }
+  fixture.upload_pools();
+  fixture.upload_step(step);
+  std::swap(fixture.k, written_k);  // as the host has it, once it is written
+  std::swap(fixture.v, written_v);
+  DeviceBuffer<int32_t> device_positions(rows), device_slots(rows);
+  copy_to_device(device_positions.data(), positions.data(), rows, nullptr);
+  copy_to_device(device_slots.data(), slots.data(), rows, nullptr);
+  constexpr int kLongRows = 1 << 14, kLongWidth = 4096;
+  DeviceTensor device_qkv(qkv.bf16), out(fixture.poisoned_out());
+  DeviceBuffer<uint16_t> long_x(size_t(kLongRows) * kLongWidth), long_out(long_x.size());
+  long_x.fill_bytes(0, nullptr);
+  BlockAttentionParams params = fixture.device_params(out.data());
+  params.positions = device_positions.data();
+  OPTIMUS_CUDA_CHECK(cudaDeviceSynchronize());
+  cuda::block_attention_schedule(params, nullptr);
+  cuda::rms_norm({long_x.data(), nullptr, nullptr, long_x.data(), long_out.data(), kLongRows,
+                  kLongWidth, 1e-6f, DType::bfloat16},
+                 nullptr);
+  cuda::qk_norm_rope_kv_write(
+      {device_qkv.data(), nullptr, nullptr, nullptr, device_positions.data(), device_slots.data(),
+       fixture.device_q->data(), fixture.device_k->data(), fixture.device_v->data(), rows,
+       shape.num_q_heads, shape.num_kv_heads, shape.head_dim, /*rotary_dim=*/0, shape.page_size,
+       1e-6f, DType::bfloat16},
+      nullptr);
+  cuda::block_attention(params, nullptr);
+  fixture.expect_near(out.read(), fixture.expected(step, pool), step);
+}
+
 TEST_F(CudaBlockAttention, RejectsBadArguments) {
   Rng rng(309);
   Fixture fixture(rng, {4, 2, 64, 16}, 4, 4, 1, 8);
