@@ -12,4 +12,11 @@ __device__ __forceinline__ float silu(float gate) {
   return __fdividef(gate, 1.0f + ptx::exp2_approx(-kLog2E * gate));
 }
 
+// Of two gates and their ups, bf16 in pairs.
+__device__ __forceinline__ uint32_t activate(uint32_t gates, uint32_t ups) {
+  const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+  const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+  return ptx::pack_bf16(silu(low(gates)) * low(ups), silu(high(gates)) * high(ups));
+}
+
 }  // namespace optimus::cuda

@@ -95,10 +95,9 @@ stream::RingShape make_ring(const StreamGemm& way, const Variant& variant) {
 
 bool fits(const stream::Args& args, const StreamGemm& way, const Variant& variant) {
   const stream::RingShape ring = make_ring(way, variant);
-  const int end_bytes = variant.end_bytes(way.splits, ceil_div(args.groups(), way.splits));
+  const int end_bytes = variant.end_bytes(way.splits, ceil_div(way.tile_rows / 8, way.splits));
   return args.rows <= way.tile_rows && way.splits <= args.num_chunks &&
          way.num_x_slots <= way.num_slots && ring.data_bytes() >= end_bytes &&
-         !(args.silu && args.adds_up()) &&
          (!args.adds_up() || way.ctas == way.splits * args.num_tiles);
 }
 
@@ -112,10 +111,9 @@ int shared_bytes_per_cta() {
 
 // One wave of CTAs with equal shares: the two finest splits of k that the SMs take, or whole tiles
 // in rounds. Too few CTAs do not keep the memory busy.
-std::vector<std::pair<int, int>> splits_and_ctas(int num_tiles, int num_chunks, bool may_split) {
+std::vector<std::pair<int, int>> splits_and_ctas(int num_tiles, int num_chunks) {
   const int sms = device_properties().num_sms;
   std::vector<std::pair<int, int>> found;
-  if (!may_split) return {{1, ceil_div(num_tiles, ceil_div(num_tiles, sms))}};
   for (int splits = std::min(kMaxSplits, num_chunks); splits > 1 && found.size() < 2; --splits) {
     if (splits * num_tiles <= sms) found.emplace_back(splits, splits * num_tiles);
   }
@@ -170,7 +168,7 @@ std::vector<StreamGemm> stream_gemm_candidates(const GemmParams& params) {
     set_slots(way, variant, bytes);
     const int num_tiles = ceil_div(params.n, way.tile_n);
     const int num_chunks = ceil_div(params.k, variant.stage_columns);
-    for (auto [splits, ctas] : splits_and_ctas(num_tiles, num_chunks, !params.silu)) {
+    for (auto [splits, ctas] : splits_and_ctas(num_tiles, num_chunks)) {
       way.splits = splits;
       way.ctas = ctas;
       if (!fits(make_args(params, way, variant), way, variant)) continue;

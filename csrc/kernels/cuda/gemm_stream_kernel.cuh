@@ -36,10 +36,6 @@ struct Args {
   bool out_is_float;
   bool silu;  // rows of the weight are 8 gates, 8 ups, ...: out [rows, n / 2] is the activation
 
-  // Columns of out, and of a tile of it.
-  __host__ __device__ int out_columns(int of_weight) const {
-    return silu ? of_weight / 2 : of_weight;
-  }
   // Sums go through shared memory; then a CTA has one tile.
   __host__ __device__ bool adds_up() const { return splits > 1 || out_is_float; }
   __host__ __device__ int groups() const { return (rows + 7) / 8; }
@@ -212,17 +208,13 @@ struct Consumer {
       if (args.adds_up()) {
         add_up(sums, tile);
       } else if (i + 1 < share.tiles) {
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          if (group < args.groups()) store(tile, group, sums[group]);
-        }
+        store(sums, tile);
       } else {
+        const uint32_t staged = ptx::keep(ring.data);
         meet();  // the rings are free
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          if (group < args.groups()) stage(ring.data, group, sums[group]);
-        }
-        store_staged(ring.data, tile, args.groups(), 0, 1);
+        for (int group = 0; group < kGroups; ++group) stage(staged, group, sums[group]);
+        store_staged(staged, tile, args.groups(), 0, 1);
       }
     }
   }
@@ -263,30 +255,37 @@ struct Consumer {
   // All consumers of the CTA.
   __device__ __forceinline__ void meet() const { ptx::named_barrier(1, Shape::kConsumers); }
 
-  // A thread's sums are a gate and the up of the same column, of two rows.
-  __device__ __forceinline__ static uint32_t activate(const float (&sums)[4]) {
-    return ptx::pack_bf16(cuda::silu(sums[0]) * sums[2], cuda::silu(sums[1]) * sums[3]);
-  }
-
-  // Straight to memory: 16 columns of out for the rows of a group, or 8 activations.
-  __device__ __forceinline__ void store(int tile, int group, const float (&sums)[4]) const {
-    if (args.silu) {
-      const int row = group * 8 + lane / 4, column = (tile * kTileN + warp * 16) / 2 + lane % 4 * 2;
-      const uint32_t pair = ptx::transpose(activate(sums));
-      if (row >= args.rows || column >= args.n / 2) return;
-      *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(args.out) +
-                                   static_cast<size_t>(row) * (args.n / 2) + column) = pair;
-      return;
+  // Straight to memory while the rings fill for the next tile. Registers have no index, so the sums
+  // move down to where the loop takes them: unrolled, this would be most of the kernel's code.
+  __device__ __forceinline__ void store(Sums& sums, int tile) const {
+#pragma unroll 1
+    for (int group = 0; group < args.groups(); ++group) {
+      store(tile, group, sums[0]);
+#pragma unroll
+      for (int i = 1; i < kGroups; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i - 1][j] = sums[i][j];
+      }
     }
+  }
+  // 16 columns of out for the rows of a group, or 8 activations.
+  __device__ __forceinline__ void store(int tile, int group, const float (&sums)[4]) const {
     // Transposed in registers, so that a thread has neighbours along n.
     const uint32_t low = ptx::transpose(ptx::pack_bf16(sums[0], sums[1]));
     const uint32_t high = ptx::transpose(ptx::pack_bf16(sums[2], sums[3]));
     const int row = group * 8 + lane / 4, column = tile * kTileN + warp * 16 + lane % 4 * 2;
-    if (row >= args.rows) return;
-    __nv_bfloat16* out =
-        static_cast<__nv_bfloat16*>(args.out) + static_cast<size_t>(row) * args.n + column;
-    if (column < args.n) *reinterpret_cast<uint32_t*>(out) = low;
-    if (column + 8 < args.n) *reinterpret_cast<uint32_t*>(out + 8) = high;
+    if (row >= args.rows || column >= args.n) return;
+    if (args.silu) {
+      store(row, args.n / 2, (tile * kTileN + warp * 16) / 2 + lane % 4 * 2, activate(low, high));
+      return;
+    }
+    store(row, args.n, column, low);
+    if (column + 8 < args.n) store(row, args.n, column + 8, high);
+  }
+  template <class T>
+  __device__ __forceinline__ void store(int row, int columns, int column, const T& values) const {
+    *reinterpret_cast<T*>(static_cast<__nv_bfloat16*>(args.out) +
+                          static_cast<size_t>(row) * columns + column) = values;
   }
   __device__ __forceinline__ void store_float(int tile, int group, const float (&sums)[4]) const {
 #pragma unroll
@@ -299,32 +298,40 @@ struct Consumer {
     }
   }
 
-  // In two steps: to shared memory, [row][kTileN] (or half as many activations), then in rows of the tile's width. Of the groups in
-  // shared memory, group i is group first + i * step of out.
+  // In two steps: to shared memory, [row][kTileN], then in rows of the tile's width. Of the groups in
+  // shared memory, group i is group first + i * step of out. Gates and ups are rounded on the way, as
+  // they are without the activation in the product, and are activated in the loop of the second step:
+  // in the first, which is unrolled, they would be most of its code.
   __device__ __forceinline__ void stage(uint32_t to, int group, const float (&sums)[4]) const {
-    if (args.silu) {
-      const uint32_t at = to + (group * 8 + lane / 4) * Shape::kOutRowBytes + warp * 16;
-      ptx::store_shared(at + lane % 4 * 4, ptx::transpose(activate(sums)));
-      return;
-    }
     ptx::store_transposed_x2(
         to + (group * 8 + lane % 8) * Shape::kOutRowBytes + (warp * 16 + lane / 8 % 2 * 8) * 2,
         ptx::pack_bf16(sums[0], sums[1]), ptx::pack_bf16(sums[2], sums[3]));
   }
+  // A thread takes two chunks of 16 bytes of a row: gates and their ups, or what is in either half of
+  // the tile, so that neighbours store neighbours.
   __device__ __forceinline__ void store_staged(uint32_t from, int tile, int groups, int first,
                                                int step) const {
-    const int width = args.out_columns(kTileN), chunks = width / 8;  // of 16 bytes
-    const int out_columns = args.out_columns(args.n);
+    constexpr int kPairs = kTileN / 16, kRows = Shape::kConsumers / kPairs;
+    const int thread = warp * 32 + lane, pair = thread % kPairs;
+    const uint32_t low_at = from + pair * (args.silu ? 32 : 16);
+    const uint32_t to_high = args.silu ? 16 : kTileN;
+    const int columns = args.silu ? args.n / 2 : args.n;
+    const int column = tile * (args.silu ? kTileN / 2 : kTileN) + pair * 8;
     meet();
 #pragma unroll 1
-    for (int i = warp * 32 + lane; i < groups * 8 * chunks; i += Shape::kConsumers) {
-      const int row = i / chunks, chunk = i % chunks, column = tile * width + chunk * 8;
+    for (int row = thread / kPairs; row < groups * 8; row += kRows) {
       const int out_row = (first + row / 8 * step) * 8 + row % 8;
-      if (out_row >= args.rows || column >= out_columns) continue;
-      uint4 values;
-      ptx::load_shared(values, from + row * Shape::kOutRowBytes + chunk * 16);
-      *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(args.out) +
-                                static_cast<size_t>(out_row) * out_columns + column) = values;
+      if (out_row >= args.rows || column >= columns) break;
+      uint4 low, high;
+      ptx::load_shared(low, low_at + row * Shape::kOutRowBytes);
+      ptx::load_shared(high, low_at + row * Shape::kOutRowBytes + to_high);
+      if (args.silu) {
+        low = {activate(low.x, high.x), activate(low.y, high.y), activate(low.z, high.z),
+               activate(low.w, high.w)};
+      } else if (column + kTileN / 2 < columns) {
+        store(out_row, columns, column + kTileN / 2, high);
+      }
+      store(out_row, columns, column, low);
     }
   }
 

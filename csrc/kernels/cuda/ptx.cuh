@@ -272,6 +272,13 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 
 // --------------------------------------------------------------------------------------- registers
 
+// The value, which stays in a register: an address in shared memory is otherwise computed anew, from
+// the CTA's number in its cluster, wherever it is used.
+__device__ __forceinline__ uint32_t keep(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Moves registers between warpgroups of a CTA: what the producers give up, the consumers take.
 template <int kCount>
 __device__ __forceinline__ void lower_registers() {
