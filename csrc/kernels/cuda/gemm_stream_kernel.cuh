@@ -227,12 +227,13 @@ struct Consumer {
       ptx::barrier_wait(ring.weight_full(at.slot), at.phase);
       ptx::barrier_wait(ring.x_full(x_at.slot), x_at.phase);
       const uint32_t weight = ring.weight(at.slot) + warpgroup * (64 * 128), x = ring.x(x_at.slot);
+      const uint64_t a = operand(weight, 16, 1024), b = operand(x, 16, 1024);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < Shape::kStageColumns / 16; ++step) {
         const int box = step / 4, within = step % 4 * 32;
-        wgmma(sums, operand(weight + box * Shape::kWeightBoxBytes + within, 16, 1024),
-              operand(x + box * Shape::kXBoxBytes + within, 16, 1024), chunk > 0 || step > 0);
+        wgmma(sums, ahead(a, box * Shape::kWeightBoxBytes + within),
+              ahead(b, box * Shape::kXBoxBytes + within), chunk > 0 || step > 0);
       }
       wgmma_commit();
       if (chunk > 0) {
@@ -393,10 +394,9 @@ __global__ void __launch_bounds__(Tile<kTileN, kTileRows>::kBound, 1)
   using Shape = Tile<kTileN, kTileRows>;
   extern __shared__ unsigned char raw[];
   const Ring ring = {{Shape::kWeightBytes, Shape::kXBytes, args.num_slots, args.num_x_slots},
-                     (ptx::shared_address(raw) + 1023) & ~1023u};
+                     ptx::of_warp((ptx::shared_address(raw) + 1023) & ~1023u)};
   const Share share(args);
-  // The same in all lanes, as the compiler can tell: wgmma must not look divergent.
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
+  const int warp = ptx::of_warp(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
   constexpr int kWeightWarp = Shape::kConsumers / 32;
 

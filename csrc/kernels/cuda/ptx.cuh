@@ -272,6 +272,12 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 
 // --------------------------------------------------------------------------------------- registers
 
+// The value of lane 0, in all lanes, as the compiler can tell: it is kept in a uniform register, and
+// branches on it do not diverge.
+template <class T>
+__device__ __forceinline__ T of_warp(T value) {
+  return __shfl_sync(~0u, value, 0);
+}
 // The value, which stays in a register: an address in shared memory is otherwise computed anew, from
 // the CTA's number in its cluster, wherever it is used.
 __device__ __forceinline__ uint32_t keep(uint32_t value) {

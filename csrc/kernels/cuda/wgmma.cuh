@@ -21,6 +21,12 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, int leading, int s
          (static_cast<uint64_t>(leading >> 4) << 16) | ((address & 0x3ffff) >> 4);
 }
 
+// The operand `bytes` further on in shared memory, of which an operand never leaves the addresses: its
+// upper half stays as it is.
+__device__ __forceinline__ uint64_t ahead(uint64_t operand, int bytes) {
+  return (operand & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(operand) + (bytes >> 4));
+}
+
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
