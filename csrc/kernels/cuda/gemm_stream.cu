@@ -77,9 +77,13 @@ stream::Args make_args(const GemmParams& params, const StreamGemm& way, const Va
   args.out = params.out;
   args.rows = params.rows;
   args.n = params.n;
-  args.num_chunks = ceil_div(params.k, variant.stage_columns);
-  args.num_tiles = ceil_div(params.n, variant.tile_n);
   args.splits = way.splits;
+  const int num_chunks = ceil_div(params.k, variant.stage_columns);
+  args.chunks_each = num_chunks / way.splits;
+  args.more_chunks = num_chunks % way.splits;
+  const int num_tiles = ceil_div(params.n, variant.tile_n), clusters = way.ctas / way.splits;
+  args.tiles_each = num_tiles / clusters;
+  args.more_tiles = num_tiles % clusters;
   args.num_slots = way.num_slots;
   args.num_x_slots = way.num_x_slots;
   args.num_early_copies = way.num_early_copies;
@@ -96,9 +100,9 @@ stream::RingShape make_ring(const StreamGemm& way, const Variant& variant) {
 bool fits(const stream::Args& args, const StreamGemm& way, const Variant& variant) {
   const stream::RingShape ring = make_ring(way, variant);
   const int end_bytes = variant.end_bytes(way.splits, ceil_div(way.tile_rows / 8, way.splits));
-  return args.rows <= way.tile_rows && way.splits <= args.num_chunks &&
-         way.num_x_slots <= way.num_slots && ring.data_bytes() >= end_bytes &&
-         (!args.adds_up() || way.ctas == way.splits * args.num_tiles);
+  const bool has_one_tile = args.tiles_each == 1 && args.more_tiles == 0;
+  return args.rows <= way.tile_rows && args.chunks_each >= 1 && way.num_x_slots <= way.num_slots &&
+         ring.data_bytes() >= end_bytes && (!args.adds_up() || has_one_tile);
 }
 
 int shared_bytes_per_cta() {
@@ -194,7 +198,8 @@ void stream_gemm(const GemmParams& params, const StreamGemm& way, cudaStream_t s
   OPTIMUS_CUDA_CHECK(cudaFuncSetAttribute(
       variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   launch(variant.kernel,
-         {dim3(way.ctas), dim3(variant.threads), way.splits, static_cast<size_t>(shared_bytes)},
+         {dim3(way.splits, way.ctas / way.splits), dim3(variant.threads), way.splits,
+          static_cast<size_t>(shared_bytes)},
          stream, args, weight_map, x_map);
 }
 

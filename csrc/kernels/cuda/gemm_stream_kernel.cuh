@@ -26,9 +26,10 @@ namespace optimus::cuda::stream {
 struct Args {
   void* out;  // [rows, n] bf16, or fp32; with silu [rows, n / 2] bf16
   int rows, n;
-  int num_chunks;        // stages that cover k
-  int num_tiles;         // that cover n
-  int splits;            // CTAs of a cluster, which share a tile; 1: the CTAs take tiles in turn
+  int splits;  // CTAs of a cluster, which share a tile; 1: the CTAs take tiles in turn
+  // The stages that cover k, by the CTAs of a cluster, and the tiles that cover n, by the clusters: each
+  // takes so many, the first `more` one more. The kernel starts without divisions.
+  int chunks_each, more_chunks, tiles_each, more_tiles;
   int num_slots;         // stages of the weight in shared memory
   int num_x_slots;       // stages of x; at most num_slots
   int num_early_copies;  // of the weight under way at a time, before the kernel's turn
@@ -99,17 +100,18 @@ struct Position {
   }
 };
 
-// What a CTA works on: chunks [first_chunk, first_chunk + chunks) of each of its tiles.
+// What a CTA works on: chunks [first_chunk, first_chunk + chunks) of each of its tiles. Grid: (splits,
+// clusters).
 struct Share {
   int rank, first_tile, tile_step, tiles, first_chunk, chunks;
 
   __device__ explicit Share(const Args& args) {
-    rank = blockIdx.x % args.splits;
-    first_tile = blockIdx.x / args.splits;
-    tile_step = gridDim.x / args.splits;
-    tiles = (args.num_tiles - first_tile + tile_step - 1) / tile_step;
-    first_chunk = args.num_chunks * rank / args.splits;
-    chunks = args.num_chunks * (rank + 1) / args.splits - first_chunk;
+    rank = blockIdx.x;
+    first_tile = blockIdx.y;
+    tile_step = gridDim.y;
+    tiles = args.tiles_each + (first_tile < args.more_tiles);
+    first_chunk = rank * args.chunks_each + min(rank, args.more_chunks);
+    chunks = args.chunks_each + (rank < args.more_chunks);
   }
 };
 
