@@ -13,7 +13,14 @@
 
 namespace optimus::cuda::unmasking {
 
-constexpr int kWarps = 8;  // per CTA of finish
+constexpr int kScanWarps = 16;  // per CTA of the scan
+constexpr int kWarps = 8;       // per CTA of finish
+// A CTA of each fits on an SM, so that those of finish are there when the scan ends. Not with fp32: it
+// would spill.
+template <class T>
+constexpr int kScanRegisters = sizeof(T) == 2 ? 80 : 128;
+template <class T>
+constexpr int kFinishRegisters = sizeof(T) == 2 ? 96 : 128;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kTileChunkRows = 4;  // chunks per lane: a warp reduces a tile
 constexpr int kTileChunks = kWarp * kTileChunkRows;
@@ -26,16 +33,20 @@ constexpr float kLowest = -0x1p66f;
 
 // What a tile, and then a row, adds up to; x = logit, m = largest logit, and e(x, rate) the exponent
 // of the weight 2^e of x: about (x - m) * rate, see exponent_of.
-struct alignas(16) RowSums {
-  float max;        // m
-  float sum;        // of 2^e(x, rate), rate = log2(e) / temperature (greedy: as if 1)
-  float weighted;   // of 2^e(x, rate) * e(x, rate)
+struct RowSums {
+  struct alignas(16) Head {
+    float max;       // m
+    float sum;       // of 2^e(x, rate), rate = log2(e) / temperature (greedy: as if 1)
+    float weighted;  // of 2^e(x, rate) * e(x, rate)
+    int32_t argmax;  // the lowest column of m; a tile says so only if it may be the row's
+  } head;
+  // Only of rows that are sampled:
   float plain_sum;  // of 2^e(x, log2(e))
   // The best column under noise and its noisy logit. A tile says so only if it may be the row's, and
   // only if the row draws from all columns (no top-k).
   float noisy;
   int32_t sampled;
-  int32_t unused[2];
+  int32_t unused;
 };
 static_assert(sizeof(RowSums) == 32);
 
@@ -227,7 +238,7 @@ struct LogitsRow {
     }
   }
   // One logit; of the first column if `column` is none: not a number, everywhere.
-  __device__ float at(int32_t column) const {
+  __device__ __forceinline__ float at(int32_t column) const {
     return load_element(data + (column < vocab_size ? column : 0));
   }
   // The chunk's logits, none below kLowest; columns behind the vocabulary hold -infinity.

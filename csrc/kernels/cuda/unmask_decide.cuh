@@ -1,4 +1,5 @@
-// The last part of unmask: the unmasking strategy of a slot, its commits and its window. By one CTA.
+// The last part of unmask: the unmasking strategy of a slot, its commits and its window. By one CTA. What
+// it reads from memory is read in the beginning, apart from candidates that other CTAs found.
 #pragma once
 
 #include "kernels/cuda/decode_state.cuh"
@@ -11,46 +12,42 @@ struct Segment {
   int slot, begin, count;
 };
 
-// The slots of the rows around one, a lane each: loads that are on their way together with others.
-struct Neighbours {
-  int before, behind;  // slot of row - 1 - lane and row + 1 + lane; -1 = none
-
-  __device__ __forceinline__ Neighbours(const UnmaskParams& p, int row_before, int row_behind,
-                                        int num_rows)
-      : before(row_before >= 0 ? p.logit_slots[row_before] : -1),
-        behind(row_behind < num_rows ? p.logit_slots[row_behind] : -1) {}
-};
-
 // The rows of `row`'s slot around it. By a warp; complete in every lane.
 __device__ __forceinline__ Segment segment_around(const UnmaskParams& p, int row, int slot,
-                                                  int num_rows, Neighbours slots) {
+                                                  int num_rows) {
   const int lane = threadIdx.x % kWarp;
   int begin = row, end = row + 1;
   bool more_before = true, more_behind = true;
-  for (;;) {
-    const uint32_t before = ~__ballot_sync(0xffffffffu, more_before && slots.before == slot);
-    const uint32_t behind = ~__ballot_sync(0xffffffffu, more_behind && slots.behind == slot);
+  while (more_before || more_behind) {
+    const int to_before = begin - 1 - lane, to_behind = end + lane;
+    const int slot_before = more_before && to_before >= 0 ? p.logit_slots[to_before] : -1;
+    const int slot_behind = more_behind && to_behind < num_rows ? p.logit_slots[to_behind] : -1;
+    const uint32_t before = ~__ballot_sync(0xffffffffu, slot_before == slot);
+    const uint32_t behind = ~__ballot_sync(0xffffffffu, slot_behind == slot);
     more_before = before == 0;
     more_behind = behind == 0;
     begin -= more_before ? kWarp : __ffs(before) - 1;
     end += more_behind ? kWarp : __ffs(behind) - 1;
-    if (!more_before && !more_behind) return {slot, begin, min(end - begin, p.state.block_length)};
-    slots = Neighbours(p, begin - 1 - lane, end + lane, num_rows);
   }
+  return {slot, begin, min(end - begin, p.state.block_length)};
 }
 
-// The slot's rules, read at once in the beginning.
+// The slot's rules and counters.
 struct Rules {
-  int steps, denoise_step;
+  int quota, denoise_step, block_start;
   UnmaskingStrategy strategy;
   float threshold, entropy_bound;
 
-  __device__ Rules(const DecodeState& state, int slot)
-      : steps(state.denoising_steps[slot]),
-        denoise_step(state.denoise_step[slot]),
-        strategy(static_cast<UnmaskingStrategy>(state.unmasking_strategy[slot])),
-        threshold(state.confidence_threshold[slot]),
-        entropy_bound(state.entropy_bound[slot]) {}
+  __device__ Rules(const DecodeState& state, const Segment& rows)
+      : denoise_step(state.denoise_step[rows.slot]),
+        block_start(state.block_start[rows.slot]),
+        strategy(static_cast<UnmaskingStrategy>(state.unmasking_strategy[rows.slot])),
+        threshold(state.confidence_threshold[rows.slot]),
+        entropy_bound(state.entropy_bound[rows.slot]) {
+    const int length = state.block_length, steps = state.denoising_steps[rows.slot];
+    quota = length / steps + (denoise_step < length % steps ? 1 : 0);
+    quota = min(max(quota, 1), rows.count);
+  }
 };
 
 struct DecideShared {
@@ -59,7 +56,8 @@ struct DecideShared {
   float ordered[kMaxBlockLength];   // entropies, ascending
   int32_t tokens[kMaxBlockLength];  // of the slot's rows
   int32_t offsets[kMaxBlockLength];
-  uint8_t status[2 * kMaxBlockLength];  // the window
+  int32_t window_tokens[kMaxBlockLength];  // of the current block
+  uint8_t status[2 * kMaxBlockLength];     // the window
   bool committed[kMaxBlockLength];
   int32_t num_committed;
 };
@@ -68,6 +66,7 @@ struct DecideShared {
 template <class Predicate>
 __device__ int count_if(int first, int last, const Predicate& predicate) {
   int count = 0;
+#pragma unroll 1
   for (int i = first; i < last; i += kThreads) {
     const int own = i + threadIdx.x;
     count += __syncthreads_count(own < last && predicate(own));
@@ -75,25 +74,36 @@ __device__ int count_if(int first, int last, const Predicate& predicate) {
   return count;
 }
 
-// What the slot's window and its rows hold. Row i and position i are a thread's, before they are
-// anyone's. The candidates may come from other CTAs, so not from the L1 cache.
-__device__ void load(const UnmaskParams& p, const Segment& rows, DecideShared& shared) {
+// What the slot's window holds, and where its rows are in it. Ends without a barrier.
+__device__ void load_window(const UnmaskParams& p, const Segment& rows, DecideShared& shared) {
   const int length = p.state.block_length;
-  const uint8_t* status = p.state.window_status + int64_t(rows.slot) * 2 * length;
-  for (int i = threadIdx.x; i < 2 * length; i += kThreads) shared.status[i] = status[i];
+  const int64_t window = int64_t(rows.slot) * 2 * length;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 2 * length; i += kThreads) {
+    shared.status[i] = p.state.window_status[window + i];
+    if (i >= length) shared.window_tokens[i - length] = p.state.window_tokens[window + i];
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
+    shared.offsets[i] = p.logit_offsets[rows.begin + i];
+    shared.ordered[i] = INFINITY;
+  }
+}
+
+// Candidates that come from other CTAs, so not from the L1 cache. Ends without a barrier.
+__device__ void load_candidates(const UnmaskParams& p, const Segment& rows, DecideShared& shared) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
     shared.confidence[i] = __ldcg(p.out.confidence + rows.begin + i);
     shared.entropy[i] = __ldcg(p.out.entropy + rows.begin + i);
     shared.tokens[i] = __ldcg(p.out.token_ids + rows.begin + i);
-    shared.offsets[i] = p.logit_offsets[rows.begin + i];
-    shared.ordered[i] = INFINITY;
   }
-  __syncthreads();
 }
 
 // Commits rows by ascending entropy while the running sum stays within the bound, at least one.
 __device__ void commit_entropy_bounded(const Segment& rows, const Rules& rules,
                                        DecideShared& shared) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
     shared.ordered[rank_of(shared.entropy, 1.0f, i, rows.count)] = shared.entropy[i];
   }
@@ -108,34 +118,31 @@ __device__ void commit_entropy_bounded(const Segment& rows, const Rules& rules,
     shared.num_committed = count;
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
     shared.committed[i] = rank_of(shared.entropy, 1.0f, i, rows.count) < shared.num_committed;
   }
 }
 
 // The `quota` most confident rows, or with `dynamic` all above the threshold if those are as many.
-__device__ void commit_confident(const Segment& rows, const Rules& rules, int quota,
-                                 DecideShared& shared) {
+__device__ void commit_confident(const Segment& rows, const Rules& rules, DecideShared& shared) {
   auto is_above = [&](int i) { return shared.confidence[i] > rules.threshold; };
   const bool enough =
-      rules.strategy == kLowConfidenceDynamic && count_if(0, rows.count, is_above) >= quota;
+      rules.strategy == kLowConfidenceDynamic && count_if(0, rows.count, is_above) >= rules.quota;
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
     shared.committed[i] =
-        enough ? is_above(i) : rank_of(shared.confidence, -1.0f, i, rows.count) < quota;
+        enough ? is_above(i) : rank_of(shared.confidence, -1.0f, i, rows.count) < rules.quota;
   }
 }
 
-__device__ void apply_strategy(const UnmaskParams& p, const Segment& rows, const Rules& rules,
-                               DecideShared& shared) {
-  const int length = p.state.block_length;
-  int quota = length / rules.steps + (rules.denoise_step < length % rules.steps ? 1 : 0);
-  quota = min(max(quota, 1), rows.count);
+__device__ void apply_strategy(const Segment& rows, const Rules& rules, DecideShared& shared) {
   if (rules.strategy == kSequential) {
-    for (int i = threadIdx.x; i < rows.count; i += kThreads) shared.committed[i] = i < quota;
+    for (int i = threadIdx.x; i < rows.count; i += kThreads) shared.committed[i] = i < rules.quota;
   } else if (rules.strategy == kEntropyBounded) {
     commit_entropy_bounded(rows, rules, shared);
   } else {
-    commit_confident(rows, rules, quota, shared);
+    commit_confident(rows, rules, shared);
   }
   __syncthreads();
 }
@@ -147,13 +154,13 @@ __device__ void update_window(const UnmaskParams& p, const Segment& rows, const 
   const int length = state.block_length;
   int32_t* tokens = state.window_tokens + int64_t(rows.slot) * 2 * length;
   uint8_t* status = state.window_status + int64_t(rows.slot) * 2 * length;
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
     const bool committed = shared.committed[i];
     p.out.committed[rows.begin + i] = committed;
     if (!committed) continue;
-    const int at = length + shared.offsets[i];
-    tokens[at] = shared.tokens[i];
-    shared.status[at] = kFresh;
+    shared.window_tokens[shared.offsets[i]] = shared.tokens[i];
+    shared.status[length + shared.offsets[i]] = kFresh;
   }
   __syncthreads();
   auto masked = [&](int i) { return is_masked(shared.status[i]); };
@@ -161,29 +168,27 @@ __device__ void update_window(const UnmaskParams& p, const Segment& rows, const 
   int num_masked = count_if(length, 2 * length, masked);
   const bool slides = num_masked == 0;
   int num_fresh = count_if(slides ? length : 0, 2 * length, fresh);
-  // Position i of both blocks belongs to one thread.
+#pragma unroll 1
   for (int i = threadIdx.x; i < length; i += kThreads) {
-    if (slides) {
-      tokens[i] = tokens[length + i];
-      tokens[length + i] = -1;
-    }
+    if (slides) tokens[i] = shared.window_tokens[i];
+    tokens[length + i] = slides ? -1 : shared.window_tokens[i];
     status[i] = shared.status[slides ? length + i : i];
     status[length + i] = slides ? uint8_t(kAbsent) : shared.status[length + i];
   }
   if (slides) num_masked = length;
   if (threadIdx.x > 0) return;
-  if (slides) state.block_start[rows.slot] += length;
+  if (slides) state.block_start[rows.slot] = rules.block_start + length;
   state.denoise_step[rows.slot] = slides ? 0 : rules.denoise_step + 1;
   p.num_fresh[rows.slot] = num_fresh;
   p.num_masked[rows.slot] = num_masked;
 }
 
-// Of the finished rows of a slot. `shared` is free for other use after the next __syncthreads().
-__device__ __noinline__ void decide(const UnmaskParams& p, const Segment& rows,
-                                    DecideShared& shared) {
-  const Rules rules(p.state, rows.slot);
-  load(p, rows, shared);
-  apply_strategy(p, rows, rules, shared);
+// Of the finished rows of a slot, when all of `shared` is loaded. It is free for other use after the
+// next __syncthreads().
+__device__ void decide(const UnmaskParams& p, const Segment& rows, const Rules& rules,
+                       DecideShared& shared) {
+  __syncthreads();
+  apply_strategy(rows, rules, shared);
   update_window(p, rows, rules, shared);
 }
 

@@ -48,10 +48,10 @@ struct FilteredRow {
   // As the row's sums count it.
   __device__ __forceinline__ float weight(float x) const {
     const float rate = sampling.rate();
-    return exp2_fast(exponent_of(x, rate, reference_of(sums.max, rate)));
+    return exp2_fast(exponent_of(x, rate, reference_of(sums.head.max, rate)));
   }
   __device__ __forceinline__ Draw draw() const {
-    return Draw(sampling.scale, key, reference_of(sums.max, sampling.rate()), -INFINITY);
+    return Draw(sampling.scale, key, reference_of(sums.head.max, sampling.rate()), -INFINITY);
   }
 
   // visit(column, x) for chunks that begin at a column, of the tiles that reach `bound`: by warps. What
@@ -59,7 +59,7 @@ struct FilteredRow {
   template <class Visit>
   __device__ __forceinline__ void for_each_chunk(float bound, const Visit& visit) const {
     for (int index = threadIdx.x / kWarp; index < num_tiles; index += kWarps) {
-      if (tiles[index].max < bound) continue;
+      if (tiles[index].head.max < bound) continue;
       Tile<T> tile;
       tile.load(logits, index);
       // Not unrolled, to save registers and instructions: the chunks move up.
@@ -131,7 +131,7 @@ __device__ bool list_top_k(const Row& row, FilterShared& shared) {
   List& list = shared.list;
   if (row.num_tiles > kListSize || top_k > row.num_tiles) return false;
   for (int tile = threadIdx.x; tile < row.num_tiles; tile += kThreads) {
-    list.values[tile] = row.tiles[tile].max;
+    list.values[tile] = row.tiles[tile].head.max;
   }
   if (threadIdx.x == 0) shared.list_count = 0;
   __syncthreads();
@@ -149,7 +149,7 @@ __device__ bool list_top_k(const Row& row, FilterShared& shared) {
   __syncthreads();
   if (shared.list_count > kListSize) return false;
   sort_descending(list, shared.list_count);
-  const float max = row.scaled(row.sums.max);
+  const float max = row.scaled(row.sums.head.max);
   for (int i = threadIdx.x; i < shared.list_count; i += kThreads) {
     list.weights[i] = exp(double(list.values[i]) - max);
   }
@@ -267,7 +267,7 @@ template <class Row>
 __device__ int32_t sample_filtered(const Row& row, FilterShared& shared) {
   const Sampling& sampling = row.sampling;
   if (sampling.top_k == 0) {
-    const double target = double(sampling.top_p) * row.sums.sum;
+    const double target = double(sampling.top_p) * row.sums.head.sum;
     return descend_to_nucleus(row, row.sums.sampled, target, shared);
   }
   if (list_top_k(row, shared)) return draw_from_list(row, shared);

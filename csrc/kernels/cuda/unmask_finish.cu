@@ -1,6 +1,8 @@
-// Second kernel of unmask: a warp a row adds the tiles up and writes the row's candidate, or a whole
-// CTA where the row samples from a top-k or top-p set. The CTA that finishes the last row of a slot
-// decides for the slot.
+// Second kernel of unmask: candidates and decisions. The CTA of a slot's first row does all of the slot,
+// a warp a row, so that nobody waits for other CTAs; but where the slot samples from a top-k or top-p
+// set, each row has a CTA, and the one that finishes last decides.
+//
+// It is short, a chain of latencies: it reads the decode state while the scan still runs.
 #include "kernels/cuda/unmask.cuh"
 #include "kernels/cuda/unmask_decide.cuh"
 #include "kernels/cuda/unmask_filter.cuh"
@@ -8,56 +10,82 @@
 namespace optimus::cuda::unmasking {
 namespace {
 
-constexpr int kCtasPerSm = 2;  // more would spill registers
-
-// What is left to do for a row, for the whole CTA.
-enum class Left : uint8_t { nothing, filter, decide };
+// Tiles that a lane reads at once: all of a vocabulary of 160 K.
+constexpr int kTilesAtOnce = 5;
 
 struct Shared {
-  Left left[kWarps];
-  RowSums sums[kWarps];  // of a row to be filtered
-  Segment slot_rows[kWarps];
+  bool decides;  // the last of the slot's rows is done
   union {
     FilterShared filter;
     DecideShared decide;
   };
 };
 
-struct Peak {
-  float max;
-  int tile;  // the lowest that reaches it
-};
-// By a warp; complete in every lane.
-__device__ Peak find_peak(const RowSums* tiles, int num_tiles) {
-  Peak peak{kLowest, 0};
-#pragma unroll 8
-  for (int t = threadIdx.x % kWarp; t < num_tiles; t += kWarp) {
-    const float max = tiles[t].max;
-    if (max > peak.max || t < kWarp) peak = {max, t};
-  }
-  const float max = warp_max(peak.max);
-  return {max, warp_min(peak.max == max ? peak.tile : INT32_MAX)};
+// Makes the sums relative to a larger logit, or to the same: only then the argmax stays.
+__device__ __forceinline__ void move_reference(float max, float rate, RowSums::Head& sums) {
+  // Finite: times no sum at all it is nothing.
+  const float shift = fmaxf(reference_of(sums.max, rate) - reference_of(max, rate), kLowest);
+  const float factor = exp2_fast(shift);
+  sums.weighted = (sums.weighted + sums.sum * shift) * factor;
+  sums.sum *= factor;
+  if (sums.max < max) sums.argmax = INT32_MAX;
+  sums.max = max;
 }
 
-// By a warp; complete in every lane.
-__device__ RowSums add_tiles(const RowSums* tiles, int num_tiles, float max, float rate) {
-  RowSums sums{max, 0, 0, 0, -INFINITY, INT32_MAX, {}};
-  const float reference = reference_of(max, rate), plain_reference = reference_of(max, kLog2E);
+// Adds the tiles' sums to `sums`, lane by lane: relative to the largest of the lane's tiles.
+__device__ __forceinline__ void add_lane_tiles(const RowSums* tiles, int num_tiles, float rate,
+                                               RowSums& sums) {
+#pragma unroll 1
+  for (int first = threadIdx.x % kWarp; first < num_tiles; first += kTilesAtOnce * kWarp) {
+    RowSums::Head heads[kTilesAtOnce];
+    float max = sums.head.max;
+#pragma unroll
+    for (int k = 0; k < kTilesAtOnce; ++k) {
+      heads[k] = {kLowest, 0, 0, INT32_MAX};
+      if (first + k * kWarp < num_tiles) heads[k] = tiles[first + k * kWarp].head;
+    }
+#pragma unroll
+    for (int k = 0; k < kTilesAtOnce; ++k) max = fmaxf(max, heads[k].max);
+    move_reference(max, rate, sums.head);
+#pragma unroll
+    for (int k = 0; k < kTilesAtOnce; ++k) {
+      move_reference(max, rate, heads[k]);
+      sums.head.sum += heads[k].sum;
+      sums.head.weighted += heads[k].weighted;
+      sums.head.argmax = min(sums.head.argmax, heads[k].argmax);
+    }
+  }
+}
+
+// Of the tiles of a sampled row, relative to the row's largest logit: the plain sum, and the best
+// column under noise. Lane by lane.
+__device__ __forceinline__ void add_lane_tails(const RowSums* tiles, int num_tiles, RowSums& sums) {
+  const float reference = reference_of(sums.head.max, kLog2E);
 #pragma unroll 4
-  for (int t = threadIdx.x % kWarp; t < num_tiles; t += kWarp) {
-    const RowSums tile = tiles[t];
-    const float shift = reference_of(tile.max, rate) - reference;
-    const float factor = exp2_fast(shift);
-    sums.sum += tile.sum * factor;
-    sums.weighted += (tile.weighted + tile.sum * shift) * factor;
-    sums.plain_sum += tile.plain_sum * exp2_fast(reference_of(tile.max, kLog2E) - plain_reference);
+  for (int index = threadIdx.x % kWarp; index < num_tiles; index += kWarp) {
+    const RowSums tile = tiles[index];
+    sums.plain_sum += tile.plain_sum * exp2_fast(reference_of(tile.head.max, kLog2E) - reference);
     if (is_better(tile.noisy, tile.sampled, sums.noisy, sums.sampled)) {
       sums.noisy = tile.noisy;
       sums.sampled = tile.sampled;
     }
   }
-  sums.sum = reduce_lanes(sums.sum, Sum());
-  sums.weighted = reduce_lanes(sums.weighted, Sum());
+}
+
+// What the row's tiles add up to, by a warp; complete in every lane.
+__device__ __forceinline__ RowSums add_tiles(const RowSums* tiles, int num_tiles,
+                                             const Sampling& sampling) {
+  RowSums sums{{kLowest, 0, 0, INT32_MAX}, 0, -INFINITY, INT32_MAX, 0};
+  RowSums::Head& head = sums.head;
+  add_lane_tiles(tiles, num_tiles, sampling.rate(), sums);
+  move_reference(warp_max(head.max), sampling.rate(), head);
+  head.sum = reduce_lanes(head.sum, Sum());
+  head.weighted = reduce_lanes(head.weighted, Sum());
+  head.argmax = warp_min(head.argmax);
+  sums.plain_sum = head.sum;
+  if (!sampling.sampled) return sums;
+  sums.plain_sum = 0;
+  add_lane_tails(tiles, num_tiles, sums);
   sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
   const float noisy = warp_max(sums.noisy);
   sums.sampled = warp_min(sums.noisy == noisy ? sums.sampled : INT32_MAX);
@@ -65,135 +93,111 @@ __device__ RowSums add_tiles(const RowSums* tiles, int num_tiles, float max, flo
   return sums;
 }
 
-// The lowest column of the tile that holds `value`. By a warp; complete in every lane.
-template <class T, bool kVector>
-__device__ int32_t find_column(const LogitsRow<T, kVector>& row, const Tile<T>& tile, int index,
-                               float value) {
-  int32_t column = INT32_MAX;
-#pragma unroll
-  for (int i = kTileChunkRows - 1; i >= 0; --i) {
-    const int chunk = tile.chunk(index, i);
-    if (chunk >= row.num_chunks()) continue;
-    float x[kChunk];
-    row.unpack_from(tile.raw[i], chunk, x);
-#pragma unroll
-    for (int j = kChunk - 1; j >= 0; --j) {
-      if (x[j] == value) column = chunk * kChunk + j;
-    }
-  }
-  return warp_min(column);
-}
+struct Candidate {
+  int32_t token;
+  float confidence, entropy;
+};
 
-// By one thread: the row's candidate, of logit `logit`.
-__device__ void write_candidate(const UnmaskParams& p, int row, const RowSums& sums, float rate,
-                                int32_t token, float logit) {
+// By one thread: writes the row's candidate. The logit is the row's largest, or any where the token is
+// none: not a number, everywhere.
+__device__ __forceinline__ Candidate write_candidate(const UnmaskParams& p, int row,
+                                                     const RowSums& sums, float rate, int32_t token,
+                                                     float logit) {
   // The exponents that the sums saw: a confidence never exceeds 1.
-  const float exponent = exponent_of(logit, rate, reference_of(sums.max, rate));
-  const float plain_exponent = exponent_of(logit, kLog2E, reference_of(sums.max, kLog2E));
-  p.out.token_ids[row] = token;
+  const float exponent = exponent_of(logit, rate, reference_of(sums.head.max, rate));
+  const float plain_exponent = exponent_of(logit, kLog2E, reference_of(sums.head.max, kLog2E));
+  const Candidate candidate{token < p.vocab_size ? token : 0, exp2_fast(exponent) / sums.head.sum,
+                            logf(sums.head.sum) - kLn2 * sums.head.weighted / sums.head.sum};
+  p.out.token_ids[row] = candidate.token;
   p.out.logprob[row] = kLn2 * plain_exponent - logf(sums.plain_sum);
-  p.out.confidence[row] = exp2_fast(exponent) / sums.sum;
-  p.out.entropy[row] = logf(sums.sum) - kLn2 * sums.weighted / sums.sum;
+  p.out.confidence[row] = candidate.confidence;
+  p.out.entropy[row] = candidate.entropy;
+  return candidate;
 }
 
 // By the thread that wrote a candidate: whether it is the last of its slot. Then the others' are
 // visible.
-__device__ Left arrive(const Workspace& workspace, const Segment& slot_rows) {
+__device__ bool arrive(const Workspace& workspace, const Segment& slot_rows) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
                : "=r"(before)
                : "l"(workspace.arrived + slot_rows.begin)
                : "memory");
-  return before + 1 == uint32_t(slot_rows.count) ? Left::decide : Left::nothing;
+  return before + 1 == uint32_t(slot_rows.count);
 }
 
-// By a warp. The result is lane 0's. Loads do not wait for each other where they need not.
+// By the CTA of a row.
 template <class T, bool kVector>
-__device__ __forceinline__ Left finish_row(const UnmaskParams& p, const Workspace& workspace,
-                                           int num_tiles, int row, int num_rows, Shared& shared) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+__device__ __noinline__ void finish_filtered_row(const UnmaskParams& p, const Workspace& workspace,
+                                                 int num_tiles, int row, Segment slot_rows,
+                                                 Sampling sampling, Shared& shared) {
   const RowSums* tiles = workspace.tiles + size_t(row) * num_tiles;
-  const int slot = p.logit_slots[row];
-  const Neighbours neighbours(p, row - 1 - lane, row + 1 + lane, num_rows);
-  const Peak peak = find_peak(tiles, num_tiles);
-  if (slot < 0) return Left::nothing;
-  const LogitsRow<T, kVector> logits(p, row);
-  Tile<T> tile;  // of the argmax
-  tile.load(logits, peak.tile);
-  const Sampling sampling(p, slot);
-  const Segment slot_rows = segment_around(p, row, slot, num_rows, neighbours);
-  const RowSums sums = add_tiles(tiles, num_tiles, peak.max, sampling.rate());
-  int32_t token = find_column(logits, tile, peak.tile, peak.max);
-  if (lane != 0) return Left::nothing;
-  shared.slot_rows[warp] = slot_rows;
-  shared.sums[warp] = sums;
-  if (sampling.filtered()) return Left::filter;
-  float logit = sums.max;
-  if (sampling.sampled) {
-    token = sums.sampled;
-    logit = logits.at(token);
-  }
-  write_candidate(p, row, sums, sampling.rate(), token < p.vocab_size ? token : 0, logit);
-  return arrive(workspace, slot_rows);
-}
-
-// By the CTA, of a row that finish_row left. Thread 0's result counts.
-template <class T, bool kVector>
-__device__ __noinline__ Left filter_row(const UnmaskParams& p, const Workspace& workspace,
-                                        int num_tiles, int row, int warp, Shared& shared) {
-  const Segment slot_rows = shared.slot_rows[warp];
-  const Sampling sampling(p, slot_rows.slot);
-  const FilteredRow<T, kVector> filtered{LogitsRow<T, kVector>(p, row),
-                                         sampling,
-                                         noise_key_of(p, row, slot_rows.slot),
-                                         shared.sums[warp],
-                                         workspace.tiles + size_t(row) * num_tiles,
-                                         num_tiles};
+  const uint64_t key = noise_key_of(p, row, slot_rows.slot);
+  wait_until_previous_is_done();
+  const FilteredRow<T, kVector> filtered{
+      LogitsRow<T, kVector>(p, row),         sampling, key,
+      add_tiles(tiles, num_tiles, sampling), tiles,    num_tiles};
   const int32_t token = sample_filtered(filtered, shared.filter);
-  if (threadIdx.x > 0) return Left::nothing;
-  write_candidate(p, row, filtered.sums, sampling.rate(), token < p.vocab_size ? token : 0,
-                  filtered.logits.at(token));
-  return arrive(workspace, slot_rows);
+  if (threadIdx.x == 0) {
+    write_candidate(p, row, filtered.sums, sampling.rate(), token, filtered.logits.at(token));
+    shared.decides = arrive(workspace, slot_rows);
+  }
+  __syncthreads();
+  if (!shared.decides) return;
+  load_window(p, slot_rows, shared.decide);
+  load_candidates(p, slot_rows, shared.decide);
+  decide(p, slot_rows, Rules(p.state, slot_rows), shared.decide);
 }
 
-// Rows b, b + gridDim.x, ... belong to CTA b, a warp each; then the CTA turns to what they left.
+// By the CTA of a slot's first row, if each row's tiles say it all.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm)
+__device__ __forceinline__ void finish_slot(const UnmaskParams& p, const Workspace& workspace,
+                                            int num_tiles, const Segment& rows,
+                                            const Sampling& sampling, DecideShared& shared) {
+  const Rules rules(p.state, rows);
+  load_window(p, rows, shared);
+  wait_until_previous_is_done();
+  for (int i = threadIdx.x / kWarp; i < rows.count; i += kWarps) {
+    const int row = rows.begin + i;
+    const RowSums sums = add_tiles(workspace.tiles + size_t(row) * num_tiles, num_tiles, sampling);
+    if (threadIdx.x % kWarp != 0) continue;
+    const int32_t token = sampling.sampled ? sums.sampled : sums.head.argmax;
+    const float logit = sampling.sampled ? LogitsRow<T, kVector>(p, row).at(token) : sums.head.max;
+    const Candidate candidate = write_candidate(p, row, sums, sampling.rate(), token, logit);
+    shared.tokens[i] = candidate.token;
+    shared.confidence[i] = candidate.confidence;
+    shared.entropy[i] = candidate.entropy;
+  }
+  decide(p, rows, rules, shared);
+}
+
+// CTA b is row b's.
+template <class T, bool kVector>
+__global__ void __maxnreg__(kFinishRegisters<T>)
     finish_kernel(const __grid_constant__ UnmaskParams p,
                   const __grid_constant__ Workspace workspace, int num_tiles) {
   __shared__ Shared shared;
-  wait_for_previous_kernel();
-  const int warp = threadIdx.x / kWarp, num_rows = num_real_rows(p);
-  for (int first = blockIdx.x; first < num_rows; first += gridDim.x * kWarps) {
-    const int own_row = first + warp * gridDim.x;
-    Left left = Left::nothing;
-    if (own_row < num_rows) {
-      left = finish_row<T, kVector>(p, workspace, num_tiles, own_row, num_rows, shared);
+  let_next_kernel_start();
+  const int row = blockIdx.x, num_rows = num_real_rows(p);
+  const int slot = row < num_rows ? p.logit_slots[row] : -1;
+  if (slot >= 0) {
+    const Sampling sampling(p, slot);
+    const Segment rows = segment_around(p, row, slot, num_rows);
+    if (sampling.filtered()) {
+      finish_filtered_row<T, kVector>(p, workspace, num_tiles, row, rows, sampling, shared);
+    } else if (rows.begin == row) {
+      finish_slot<T, kVector>(p, workspace, num_tiles, rows, sampling, shared.decide);
     }
-    if (threadIdx.x % kWarp == 0) shared.left[warp] = left;
-    if (!__syncthreads_or(left != Left::nothing)) continue;
-    for (int i = 0; i < kWarps; ++i) {
-      if (shared.left[i] == Left::filter) {
-        left = filter_row<T, kVector>(p, workspace, num_tiles, first + i * gridDim.x, i, shared);
-        __syncthreads();  // all have read it
-        if (threadIdx.x == 0) shared.left[i] = left;
-        __syncthreads();
-      }
-      if (shared.left[i] == Left::decide) {
-        decide(p, shared.slot_rows[i], shared.decide);
-        __syncthreads();
-      }
-    }
-    __syncthreads();  // all have read `left`
   }
+  // This kernel must not be complete before the scan is; all others make room for the next CTAs.
+  if (row == 0) wait_until_previous_is_done();
 }
 
 }  // namespace
 
 void launch_finish(const UnmaskParams& params, const Workspace& workspace, bool vector,
                    cudaStream_t stream) {
-  const int grid = std::min(params.num_logit_rows, kCtasPerSm * device_properties().num_sms);
-  LaunchShape shape{dim3(grid), dim3(kThreads)};
+  LaunchShape shape{dim3(params.num_logit_rows), dim3(kThreads)};
   dispatch_device_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     launch(vector ? finish_kernel<T, true> : finish_kernel<T, false>, shape, stream, params,

@@ -9,7 +9,6 @@ namespace {
 
 // One CTA per SM, so that all SMs have equal shares wherever the CTAs go. More warps would be short of
 // registers.
-constexpr int kScanWarps = 16;
 constexpr int kScanThreads = kScanWarps * kWarp;
 
 // Two packed bf16.
@@ -143,9 +142,50 @@ __device__ __forceinline__ RowKind enter_row(const UnmaskParams& p, int row, Sam
   return RowKind::sampled;
 }
 
+// Which of the lane's logits equal `max`: the first in column order, counted through the lane's chunks.
+// None: the tile's end.
+__device__ __forceinline__ int first_equal(const Tile<__nv_bfloat16>& tile, float max) {
+  constexpr int kPairs = kTileChunkRows * kChunk / 2;
+  static_assert(kPairs == 16);
+  const __nv_bfloat162 wanted = __float2bfloat162_rn(max);
+  uint32_t found = 0;  // bit i: the lower half of pair i, bit 16 + i: its upper half
+#pragma unroll
+  for (int i = 0; i < kTileChunkRows; ++i) {
+    const uint4& bits = tile.raw[i].bits;
+    const uint32_t pairs[] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      found |= __heq2_mask(as_pair(pairs[k]), wanted) & 0x10001u << (4 * i + k);
+    }
+  }
+  const uint32_t low = found | 1u << kPairs, high = found >> kPairs | 1u << kPairs;
+  return min(2 * (__ffs(low) - 1), 2 * (__ffs(high) - 1) + 1);
+}
+__device__ __forceinline__ int first_equal(const Tile<float>& tile, float max) {
+  int first = kTileChunkRows * kChunk;
+#pragma unroll
+  for (int i = kTileChunkRows - 1; i >= 0; --i) {
+    float x[kChunk];
+    unpack(tile.raw[i], x);
+#pragma unroll
+    for (int j = kChunk - 1; j >= 0; --j) {
+      if (x[j] == max) first = i * kChunk + j;
+    }
+  }
+  return first;
+}
+
+// The lowest column of the tile that holds its largest logit, `max`. By a warp; complete in every lane.
+template <class T>
+__device__ __forceinline__ int32_t find_column(const Tile<T>& tile, int index, float max) {
+  const int first = first_equal(tile, max);
+  const int32_t column = tile.chunk(index, first / kChunk) * kChunk + first % kChunk;
+  return warp_min(first < kTileChunkRows * kChunk ? column : INT32_MAX);
+}
+
 template <class T>
 __device__ __forceinline__ void add_greedy(const Tile<T>& tile, RowSums& sums) {
-  const float reference = reference_of(sums.max, kLog2E);
+  const float reference = reference_of(sums.head.max, kLog2E);
 #pragma unroll
   for (int i = 0; i < kTileChunkRows; ++i) {
     float x[kChunk];
@@ -153,12 +193,12 @@ __device__ __forceinline__ void add_greedy(const Tile<T>& tile, RowSums& sums) {
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
       const float exponent = exponent_of(x[j], kLog2E, reference), weight = exp2_fast(exponent);
-      sums.sum += weight;
-      sums.weighted += weight * exponent;
+      sums.head.sum += weight;
+      sums.head.weighted += weight * exponent;
     }
   }
-  sums.sum = sums.plain_sum = reduce_lanes(sums.sum, Sum());
-  sums.weighted = reduce_lanes(sums.weighted, Sum());
+  sums.head.sum = reduce_lanes(sums.head.sum, Sum());
+  sums.head.weighted = reduce_lanes(sums.head.weighted, Sum());
 }
 
 // Also the sums at temperature 1, and the best column under noise unless a top-k comes first. The loop
@@ -168,8 +208,8 @@ __device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, SampledRow
                                             RowSums& sums) {
   const bool draws = row.draws;
   const float rate = row.scale * kLog2E;
-  const float reference = reference_of(sums.max, rate);
-  const float plain_reference = reference_of(sums.max, kLog2E);
+  const float reference = reference_of(sums.head.max, rate);
+  const float plain_reference = reference_of(sums.head.max, kLog2E);
   Draw draw(row.scale, row.key, reference, row.best);
 #pragma unroll 1
   for (int i = 0; i < kTileChunkRows; ++i) {
@@ -179,16 +219,16 @@ __device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, SampledRow
     for (int j = 0; j < kChunk; ++j) {
       const float exponent = exponent_of(x[j], rate, reference);
       weight[j] = exp2_fast(exponent);
-      sums.sum += weight[j];
-      sums.weighted += weight[j] * exponent;
+      sums.head.sum += weight[j];
+      sums.head.weighted += weight[j] * exponent;
       sums.plain_sum += exp2_fast(exponent_of(x[j], kLog2E, plain_reference));
     }
     if (draws) draw.add(x, weight, tile.chunk(index, i) * kChunk);
 #pragma unroll
     for (int k = 1; k < kTileChunkRows; ++k) tile.raw[k - 1] = tile.raw[k];
   }
-  sums.sum = reduce_lanes(sums.sum, Sum());
-  sums.weighted = reduce_lanes(sums.weighted, Sum());
+  sums.head.sum = reduce_lanes(sums.head.sum, Sum());
+  sums.head.weighted = reduce_lanes(sums.head.weighted, Sum());
   sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
   if (!draws) return;
   __syncwarp();                                        // all have read it
@@ -207,13 +247,15 @@ struct ScanShared {
 
 // A CTA works on a range of all tiles; its warps take turns.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kScanThreads, 1)
+__global__ void __maxnreg__(kScanRegisters<T>)
     scan_kernel(UnmaskParams p, Workspace workspace, int num_tiles) {
   using Row = LogitsRow<T, kVector>;
   constexpr int kStages = Ring<T>::kStages;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<ScanShared<T, kVector>*>(shared_bytes);
-  wait_for_previous_kernel();
+  // Not before the wait: what the next kernel reads is then complete, but for the workspace.
+  wait_until_previous_is_done();
+  let_next_kernel_start();
   const int warp = threadIdx.x / kWarp;
   const uint32_t total = num_real_rows(p) * num_tiles;
   const uint32_t share = total / gridDim.x, rest = total % gridDim.x;
@@ -231,8 +273,12 @@ __global__ void __launch_bounds__(kScanThreads, 1)
   for (int stage = 0; stage < kStages; ++stage) start_copy(item + stage * kScanWarps, stage);
   int row_entered = -1;
   RowKind kind = RowKind::padding;
+  float best = -INFINITY;  // of the row so far: later tiles with no more hold no argmax
   for (int stage = 0; item < end; item += kScanWarps, stage = kStages - 1 - stage) {
-    if (place.row != row_entered) kind = enter_row(p, place.row, shared.sampled[warp]);
+    if (place.row != row_entered) {
+      kind = enter_row(p, place.row, shared.sampled[warp]);
+      best = -INFINITY;
+    }
     row_entered = place.row;
     const Row row(p, place.row);
     Tile<T> tile;
@@ -242,9 +288,17 @@ __global__ void __launch_bounds__(kScanThreads, 1)
     } else {
       tile.load(row, place.index);
     }
-    RowSums sums{warp_max(finish_load(row, place.index, tile)), 0, 0, 0, -INFINITY, INT32_MAX, {}};
+    RowSums sums{{warp_max(finish_load(row, place.index, tile)), 0, 0, INT32_MAX},
+                 0,
+                 -INFINITY,
+                 INT32_MAX,
+                 0};
     start_copy(item + kStages * kScanWarps, stage);
-    if (kind == RowKind::greedy) add_greedy(tile, sums);
+    if (kind == RowKind::greedy) {
+      if (sums.head.max > best) sums.head.argmax = find_column(tile, place.index, sums.head.max);
+      best = fmaxf(best, sums.head.max);
+      add_greedy(tile, sums);
+    }
     if (kind == RowKind::sampled) add_sampled(tile, place.index, shared.sampled[warp], sums);
     if (kind != RowKind::padding && threadIdx.x % kWarp == 0) {
       workspace.tiles[item] = sums;

@@ -211,6 +211,32 @@ TEST_F(CudaUnmask, LargeVocabularies) {
   });
 }
 
+TEST_F(CudaUnmask, TheLowestOfEqualLogitsWins) {
+  Rng rng(179);
+  for_each_dtype([&](DType dtype) {
+    for (int vocab_size : {6000, 40000, 40003}) {
+      UnmaskCall call = vocabulary_call(rng, dtype, 50, vocab_size, 0, 1.0f);
+      for (int row = 0; row < call.num_rows(); ++row) {
+        // Of one chunk, of one tile, of any.
+        const int first = random_int(rng, 0, vocab_size - 1);
+        for (int distance : {row % 8, random_int(rng, 0, 1000), random_int(rng, 0, vocab_size)}) {
+          const int column = std::min(first + distance, vocab_size - 1);
+          call.logits.set(size_t(row) * vocab_size + column, row % 3 == 0 ? -0.0f : 12.0f);
+        }
+        if (row % 3 != 0) continue;  // zeros of either sign are equal
+        for (int v = 0; v < vocab_size; ++v) {
+          const size_t at = size_t(row) * vocab_size + v;
+          if (call.logits.get(at) != 0) call.logits.set(at, -1 - std::abs(call.logits.get(at)));
+        }
+        call.logits.set(size_t(row) * vocab_size + vocab_size - 1, 0.0f);
+      }
+      UnmaskCall expected = call;
+      expected.run(pool);
+      ASSERT_NO_FATAL_FAILURE(expect_same_result(run_on_gpu(call, expected), expected));
+    }
+  });
+}
+
 // Rows whose slots decide nothing by closeness: of 1 to block_length masks each.
 UnmaskCall sequential_call(Rng& rng, int num_slots, int block_length, int vocab_size) {
   UnmaskCall call(DType::bfloat16, num_slots, block_length, vocab_size);
@@ -220,6 +246,8 @@ UnmaskCall sequential_call(Rng& rng, int num_slots, int block_length, int vocab_
     state.denoising_steps[slot] = random_int(rng, 1, block_length);
     state.seed[slot] = rng();
     state.temperature[slot] = slot % 3 == 0 ? 0.7f : 0.0f;
+    state.top_p[slot] = slot % 6 == 3 ? 0.9f : 1.0f;
+    state.top_k[slot] = slot % 9 == 6 ? 20 : 0;
     for (int i = 0; i < block_length; ++i) state.status[state.current(slot) + i] = kPresent;
     call.add_rows(slot, iota(random_int(rng, 1, block_length)));
   }
