@@ -180,6 +180,10 @@ __device__ __forceinline__ void fence_proxy_async() {
 #endif
 }
 
+// Copies 16 bytes.
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 // Copies 16 bytes, or writes zeros when `valid` is false.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),

@@ -80,8 +80,13 @@ __device__ __forceinline__ uint32_t key_of(float value) {
 __device__ __forceinline__ float value_of(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
+// The same for a signed integer; its own inverse.
+__device__ __forceinline__ int32_t signed_key_of(int32_t bits) {
+  return bits ^ (bits >> 31 & INT32_MAX);
+}
 __device__ __forceinline__ float warp_max(float value) {
-  return value_of(__reduce_max_sync(0xffffffffu, key_of(value)));
+  const int32_t key = signed_key_of(__float_as_int(value));
+  return __int_as_float(signed_key_of(__reduce_max_sync(0xffffffffu, key)));
 }
 __device__ __forceinline__ int32_t warp_min(int32_t value) {
   return __reduce_min_sync(0xffffffffu, value);

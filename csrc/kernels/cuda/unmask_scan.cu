@@ -31,26 +31,38 @@ __device__ __forceinline__ void fill_lowest(RawChunk<float>& raw) {
   raw.low = raw.high = make_float4(kLowest, kLowest, kLowest, kLowest);
 }
 
-// Raises small values to kLowest in place; returns the largest.
-__device__ __forceinline__ float raise_and_max(RawChunk<__nv_bfloat16>& raw) {
+// Raises small values to kLowest in place; returns the largest. Pairs are compared as pairs: to the end,
+// since the tile is long.
+__device__ __forceinline__ float raise_and_max(Tile<__nv_bfloat16>& tile) {
   const uint32_t lowest = lowest_pair();
-  raw.bits.x = max_pair(raw.bits.x, lowest);
-  raw.bits.y = max_pair(raw.bits.y, lowest);
-  raw.bits.z = max_pair(raw.bits.z, lowest);
-  raw.bits.w = max_pair(raw.bits.w, lowest);
+  uint32_t largest = lowest;
+#pragma unroll
+  for (int i = 0; i < kTileChunkRows; ++i) {
+    uint4& bits = tile.raw[i].bits;
+    bits.x = max_pair(bits.x, lowest);
+    bits.y = max_pair(bits.y, lowest);
+    bits.z = max_pair(bits.z, lowest);
+    bits.w = max_pair(bits.w, lowest);
+    largest = max_pair(largest, max_pair(bits.x, bits.y));
+    largest = max_pair(largest, max_pair(bits.z, bits.w));
+  }
   float low, high;
-  widen(max_pair(max_pair(raw.bits.x, raw.bits.y), max_pair(raw.bits.z, raw.bits.w)), low, high);
+  widen(largest, low, high);
   return fmaxf(low, high);
 }
-__device__ __forceinline__ float raise_and_max(RawChunk<float>& raw) {
-  float values[kChunk], largest = kLowest;
-  unpack(raw, values);
+__device__ __forceinline__ float raise_and_max(Tile<float>& tile) {
+  float largest = kLowest;
 #pragma unroll
-  for (int j = 0; j < kChunk; ++j) {
-    values[j] = fmaxf(values[j], kLowest);
-    largest = fmaxf(largest, values[j]);
+  for (int i = 0; i < kTileChunkRows; ++i) {
+    float values[kChunk];
+    unpack(tile.raw[i], values);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      values[j] = fmaxf(values[j], kLowest);
+      largest = fmaxf(largest, values[j]);
+    }
+    pack(values, tile.raw[i]);
   }
-  pack(values, raw);
   return largest;
 }
 
@@ -58,38 +70,84 @@ __device__ __forceinline__ float raise_and_max(RawChunk<float>& raw) {
 struct Place {
   int row, index;
 
-  __device__ __forceinline__ void advance(int num_tiles) {
-    for (index += kScanWarps; index >= num_tiles; index -= num_tiles) ++row;
+  // Whether that leaves the row.
+  __device__ __forceinline__ bool advance(int num_tiles) {
+    index += kScanWarps;
+    const bool leaves = index >= num_tiles;
+    for (; index >= num_tiles; index -= num_tiles) ++row;
+    return leaves;
   }
 };
 
-// The tiles of a warp that are on their way, each lane's own chunks: nobody else waits for them.
+// The tiles of a warp that are on their way to shared memory, each lane's own chunks: nobody else waits
+// for them. It spares instructions, which the scan is short of: addresses grow from tile to tile, and
+// only a row's last tile asks where the row ends.
 template <class T>
-struct Ring {
-  static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
+struct Feed {
   static constexpr int kVectors = sizeof(RawChunk<T>) / sizeof(uint4);  // per chunk
-  uint4 vectors[kStages][kVectors][kTileChunkRows][kWarp];
+  static constexpr int kTileVectors = kVectors * kTileChunks;
+  static constexpr int kStageBytes = kTileVectors * sizeof(uint4);
+  static constexpr int kBytes = 8192;  // of a warp: at 64 rows all of its share
+  static constexpr int kStages = kBytes / kStageBytes;
 
-  __device__ __forceinline__ void start_copy(int stage, const LogitsRow<T, true>& row, int index) {
-    const int first = Tile<T>::chunk(index, 0), lane = threadIdx.x % kWarp;
-    const uint4* from = reinterpret_cast<const uint4*>(row.data) + first * kVectors;
-    const int left = row.num_chunks() - first;
-    const uint32_t to = ptx::shared_address(&vectors[stage][0][0][lane]);
-#pragma unroll
-    for (int i = 0; i < kTileChunkRows; ++i) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        ptx::copy_16(to + (v * kTileChunkRows + i) * kWarp * sizeof(uint4),
-                     from + i * kWarp * kVectors + v, i * kWarp < left);
-      }
-    }
-  }
-  __device__ __forceinline__ void take(int stage, Tile<T>& tile) const {
+  const uint4* from;  // the lane's first chunk of the next tile to come
+  int index;          // of that tile
+  uint32_t ring, offset = 0;
+
+  // `shared`: kBytes of the warp.
+  __device__ __forceinline__ Feed(const LogitsRow<T, true>& row, int first, void* shared)
+      : from(reinterpret_cast<const uint4*>(row.data) + Tile<T>::chunk(first, 0) * kVectors),
+        index(first),
+        ring(ptx::shared_address(shared) + threadIdx.x % kWarp * sizeof(uint4)) {}
+
+  // Waits for the oldest tile.
+  __device__ __forceinline__ void take(Tile<T>& tile) const {
+    ptx::copies_wait_group<kStages - 1>();
 #pragma unroll
     for (int i = 0; i < kTileChunkRows; ++i) {
       uint4* to = reinterpret_cast<uint4*>(&tile.raw[i]);
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) to[v] = vectors[stage][v][i][threadIdx.x % kWarp];
+      for (int v = 0; v < kVectors; ++v) ptx::load_shared(to[v], ring + offset + place(i, v));
+    }
+  }
+  // In the place of the oldest tile; `wanted`: there is one more of the warp's.
+  __device__ __forceinline__ void start_next(const UnmaskParams& p, int num_tiles, bool wanted) {
+    if (wanted && (index + 1) * kTileColumns <= p.vocab_size) {
+      copy();
+    } else if (wanted) {
+      copy_first((p.vocab_size + kChunk - 1) / kChunk - Tile<T>::chunk(index, 0));
+    }
+    ptx::copies_commit();
+    offset = (offset + kStageBytes) % kBytes;
+    from += kScanWarps * kTileVectors;
+    const int64_t gap =
+        int64_t(p.logits_stride) / kChunk * kVectors - int64_t(num_tiles) * kTileVectors;
+    for (index += kScanWarps; index >= num_tiles; index -= num_tiles) from += gap;
+  }
+
+ private:
+  // In bytes.
+  __device__ __forceinline__ static constexpr int place(int i, int v) {
+    return (v * kTileChunkRows + i) * kWarp * int(sizeof(uint4));
+  }
+  __device__ __forceinline__ void copy() const {
+#pragma unroll
+    for (int i = 0; i < kTileChunkRows; ++i) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        ptx::copy_16(ring + offset + place(i, v), from + i * kWarp * kVectors + v);
+      }
+    }
+  }
+  // Of a row's last tile, as far as there is any: the row ends `left` chunks from the lane's first.
+  __device__ __forceinline__ void copy_first(int left) const {
+#pragma unroll 1
+    for (int i = 0; i < kTileChunkRows; ++i) {
+#pragma unroll 1
+      for (int v = 0; v < kVectors; ++v) {
+        ptx::copy_16(ring + offset + place(i, v), from + i * kWarp * kVectors + v,
+                     i * kWarp < left);
+      }
     }
   }
 };
@@ -111,10 +169,7 @@ __device__ __forceinline__ float finish_load(const LogitsRow<T, kVector>& row, i
       }
     }
   }
-  float largest = kLowest;
-#pragma unroll
-  for (int i = 0; i < kTileChunkRows; ++i) largest = fmaxf(largest, raise_and_max(data.raw[i]));
-  return largest;
+  return raise_and_max(data);
 }
 
 enum class RowKind { padding, greedy, sampled };
@@ -183,9 +238,18 @@ __device__ __forceinline__ int32_t find_column(const Tile<T>& tile, int index, f
   return warp_min(first < kTileChunkRows * kChunk ? column : INT32_MAX);
 }
 
+// Over the warp, as reduce_lanes does; the sums are complete in lane 0.
+__device__ __forceinline__ void reduce_both(float& a, float& b) {
+  const bool upper = threadIdx.x % kWarp >= kWarp / 2;  // half the lanes go on with b
+  float own = upper ? b : a;
+  own += __shfl_xor_sync(0xffffffffu, upper ? a : b, kWarp / 2);
+  a = reduce_lanes<kWarp / 2>(own, Sum());
+  b = __shfl_xor_sync(0xffffffffu, a, kWarp / 2);
+}
+
 template <class T>
-__device__ __forceinline__ void add_greedy(const Tile<T>& tile, RowSums& sums) {
-  const float reference = reference_of(sums.head.max, kLog2E);
+__device__ __forceinline__ void add_greedy(const Tile<T>& tile, RowSums::Head& sums) {
+  const float reference = reference_of(sums.max, kLog2E);
 #pragma unroll
   for (int i = 0; i < kTileChunkRows; ++i) {
     float x[kChunk];
@@ -193,18 +257,17 @@ __device__ __forceinline__ void add_greedy(const Tile<T>& tile, RowSums& sums) {
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
       const float exponent = exponent_of(x[j], kLog2E, reference), weight = exp2_fast(exponent);
-      sums.head.sum += weight;
-      sums.head.weighted += weight * exponent;
+      sums.sum += weight;
+      sums.weighted += weight * exponent;
     }
   }
-  sums.head.sum = reduce_lanes(sums.head.sum, Sum());
-  sums.head.weighted = reduce_lanes(sums.head.weighted, Sum());
+  reduce_both(sums.sum, sums.weighted);
 }
 
 // Also the sums at temperature 1, and the best column under noise unless a top-k comes first. The loop
-// over chunks is not unrolled, to save registers and instructions: the chunks move up, and are lost.
+// over chunks is not unrolled, to save registers and instructions.
 template <class T>
-__device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, SampledRow& row,
+__device__ __forceinline__ void add_sampled(const Tile<T>& tile, int index, SampledRow& row,
                                             RowSums& sums) {
   const bool draws = row.draws;
   const float rate = row.scale * kLog2E;
@@ -214,7 +277,12 @@ __device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, SampledRow
 #pragma unroll 1
   for (int i = 0; i < kTileChunkRows; ++i) {
     float x[kChunk], weight[kChunk];
-    unpack(tile.raw[0], x);
+    RawChunk<T> raw = tile.raw[0];
+#pragma unroll
+    for (int k = 1; k < kTileChunkRows; ++k) {
+      if (i == k) raw = tile.raw[k];
+    }
+    unpack(raw, x);
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
       const float exponent = exponent_of(x[j], rate, reference);
@@ -224,8 +292,6 @@ __device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, SampledRow
       sums.plain_sum += exp2_fast(exponent_of(x[j], kLog2E, plain_reference));
     }
     if (draws) draw.add(x, weight, tile.chunk(index, i) * kChunk);
-#pragma unroll
-    for (int k = 1; k < kTileChunkRows; ++k) tile.raw[k - 1] = tile.raw[k];
   }
   sums.head.sum = reduce_lanes(sums.head.sum, Sum());
   sums.head.weighted = reduce_lanes(sums.head.weighted, Sum());
@@ -241,16 +307,45 @@ __device__ __forceinline__ void add_sampled(Tile<T>& tile, int index, SampledRow
 
 template <class T, bool kVector>
 struct ScanShared {
-  Ring<T> rings[kVector ? kScanWarps : 1];
+  alignas(16) unsigned char rings[kVector ? kScanWarps : 1][Feed<T>::kBytes];
   SampledRow sampled[kScanWarps];
+};
+
+// The tiles of a warp, one after the other: how they come.
+template <class T, bool kVector>
+struct Tiles;
+template <class T>
+struct Tiles<T, true> {
+  Feed<T> feed;
+
+  __device__ __forceinline__ Tiles(const UnmaskParams& p, Place first, int num_tiles, int count,
+                                   void* shared)
+      : feed(LogitsRow<T, true>(p, first.row), first.index, shared) {
+    for (int i = 0; i < Feed<T>::kStages; ++i) feed.start_next(p, num_tiles, i < count);
+  }
+  __device__ __forceinline__ void take(const LogitsRow<T, true>&, int, Tile<T>& tile) const {
+    feed.take(tile);
+  }
+  // When the tile taken is all in registers; `left`: of the warp, with that one.
+  __device__ __forceinline__ void start_next(const UnmaskParams& p, int num_tiles, int left) {
+    feed.start_next(p, num_tiles, left > Feed<T>::kStages);
+  }
+};
+template <class T>
+struct Tiles<T, false> {
+  __device__ __forceinline__ Tiles(const UnmaskParams&, Place, int, int, void*) {}
+  __device__ __forceinline__ void take(const LogitsRow<T, false>& row, int index,
+                                       Tile<T>& tile) const {
+    tile.load(row, index);
+  }
+  __device__ __forceinline__ void start_next(const UnmaskParams&, int, int) {}
 };
 
 // A CTA works on a range of all tiles; its warps take turns.
 template <class T, bool kVector>
 __global__ void __maxnreg__(kScanRegisters<T>)
-    scan_kernel(UnmaskParams p, Workspace workspace, int num_tiles) {
-  using Row = LogitsRow<T, kVector>;
-  constexpr int kStages = Ring<T>::kStages;
+    scan_kernel(const __grid_constant__ UnmaskParams p, const __grid_constant__ Workspace workspace,
+                int num_tiles) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<ScanShared<T, kVector>*>(shared_bytes);
   // Not before the wait: what the next kernel reads is then complete, but for the workspace.
@@ -260,51 +355,35 @@ __global__ void __maxnreg__(kScanRegisters<T>)
   const uint32_t total = num_real_rows(p) * num_tiles;
   const uint32_t share = total / gridDim.x, rest = total % gridDim.x;
   const uint32_t end = (blockIdx.x + 1) * share + min(blockIdx.x + 1, rest);
-  uint32_t item = blockIdx.x * share + min(blockIdx.x, rest) + warp;
-  if (item >= end) return;
-  Place place{int(item / num_tiles), int(item % num_tiles)}, ahead = place;
-  auto start_copy = [&](uint32_t number, int stage) {
-    if constexpr (kVector) {
-      if (number < end) shared.rings[warp].start_copy(stage, Row(p, ahead.row), ahead.index);
-      ptx::copies_commit();
-      ahead.advance(num_tiles);
-    }
-  };
-  for (int stage = 0; stage < kStages; ++stage) start_copy(item + stage * kScanWarps, stage);
-  int row_entered = -1;
+  const uint32_t first = blockIdx.x * share + min(blockIdx.x, rest) + warp;
+  if (first >= end) return;
+  Place place{int(first / num_tiles), int(first % num_tiles)};
+  int left = (end - first + kScanWarps - 1) / kScanWarps;  // with the one at hand
+  Tiles<T, kVector> tiles(p, place, num_tiles, left, shared.rings[kVector ? warp : 0]);
   RowKind kind = RowKind::padding;
-  float best = -INFINITY;  // of the row so far: later tiles with no more hold no argmax
-  for (int stage = 0; item < end; item += kScanWarps, stage = kStages - 1 - stage) {
-    if (place.row != row_entered) {
+  float best = 0;  // of the row so far: later tiles with no more hold no argmax
+  for (bool enters = true; left > 0; --left, enters = place.advance(num_tiles)) {
+    const LogitsRow<T, kVector> row(p, place.row);
+    if (enters) {
       kind = enter_row(p, place.row, shared.sampled[warp]);
       best = -INFINITY;
-    }
-    row_entered = place.row;
-    const Row row(p, place.row);
-    Tile<T> tile;
-    if constexpr (kVector) {
-      ptx::copies_wait_group<kStages - 1>();
-      shared.rings[warp].take(stage, tile);
-    } else {
-      tile.load(row, place.index);
-    }
-    RowSums sums{{warp_max(finish_load(row, place.index, tile)), 0, 0, INT32_MAX},
-                 0,
-                 -INFINITY,
-                 INT32_MAX,
-                 0};
-    start_copy(item + kStages * kScanWarps, stage);
-    if (kind == RowKind::greedy) {
-      if (sums.head.max > best) sums.head.argmax = find_column(tile, place.index, sums.head.max);
-      best = fmaxf(best, sums.head.max);
-      add_greedy(tile, sums);
-    }
-    if (kind == RowKind::sampled) add_sampled(tile, place.index, shared.sampled[warp], sums);
-    if (kind != RowKind::padding && threadIdx.x % kWarp == 0) {
-      workspace.tiles[item] = sums;
       if (place.index == 0) workspace.arrived[place.row] = 0;
     }
-    place.advance(num_tiles);
+    Tile<T> tile;
+    tiles.take(row, place.index, tile);
+    RowSums::Head head{warp_max(finish_load(row, place.index, tile)), 0, 0, INT32_MAX};
+    tiles.start_next(p, num_tiles, left);
+    RowSums* record = workspace.tiles + (place.row * num_tiles + place.index);
+    if (kind == RowKind::greedy) {
+      if (head.max > best) head.argmax = find_column(tile, place.index, head.max);
+      best = fmaxf(best, head.max);
+      add_greedy(tile, head);
+      if (threadIdx.x % kWarp == 0) record->head = head;
+    } else if (kind == RowKind::sampled) {
+      RowSums sums{head, 0, -INFINITY, INT32_MAX, 0};
+      add_sampled(tile, place.index, shared.sampled[warp], sums);
+      if (threadIdx.x % kWarp == 0) *record = sums;
+    }
   }
 }
 
