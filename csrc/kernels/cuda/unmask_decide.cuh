@@ -32,15 +32,16 @@ __device__ __forceinline__ Segment segment_around(const UnmaskParams& p, int row
   return {slot, begin, min(end - begin, p.state.block_length)};
 }
 
-// The slot's rules and counters.
+// The slot's rules and counters. What steps change comes from the L2 cache, here and below: the kernel
+// may be at it before it has waited for anything.
 struct Rules {
   int quota, denoise_step, block_start;
   UnmaskingStrategy strategy;
   float threshold, entropy_bound;
 
   __device__ Rules(const DecodeState& state, const Segment& rows)
-      : denoise_step(state.denoise_step[rows.slot]),
-        block_start(state.block_start[rows.slot]),
+      : denoise_step(__ldcg(state.denoise_step + rows.slot)),
+        block_start(__ldcg(state.block_start + rows.slot)),
         strategy(static_cast<UnmaskingStrategy>(state.unmasking_strategy[rows.slot])),
         threshold(state.confidence_threshold[rows.slot]),
         entropy_bound(state.entropy_bound[rows.slot]) {
@@ -80,8 +81,8 @@ __device__ void load_window(const UnmaskParams& p, const Segment& rows, DecideSh
   const int64_t window = int64_t(rows.slot) * 2 * length;
 #pragma unroll 1
   for (int i = threadIdx.x; i < 2 * length; i += kThreads) {
-    shared.status[i] = p.state.window_status[window + i];
-    if (i >= length) shared.window_tokens[i - length] = p.state.window_tokens[window + i];
+    shared.status[i] = __ldcg(p.state.window_status + window + i);
+    if (i >= length) shared.window_tokens[i - length] = __ldcg(p.state.window_tokens + window + i);
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {

@@ -132,8 +132,8 @@ __device__ __noinline__ void finish_filtered_row(const UnmaskParams& p, const Wo
                                                  int num_tiles, int row, Segment slot_rows,
                                                  Sampling sampling, Shared& shared) {
   const RowSums* tiles = workspace.tiles + size_t(row) * num_tiles;
-  const uint64_t key = noise_key_of(p, row, slot_rows.slot);
   wait_until_previous_is_done();
+  const uint64_t key = noise_key_of(p, row, slot_rows.slot);
   const FilteredRow<T, kVector> filtered{
       LogitsRow<T, kVector>(p, row),         sampling, key,
       add_tiles(tiles, num_tiles, sampling), tiles,    num_tiles};
