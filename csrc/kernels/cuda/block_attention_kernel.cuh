@@ -175,6 +175,11 @@ struct Consumer {
       advance(at, tile, turn);
     }
     if (held_tile >= 0) finish_tall_tile(state, p, last_limit - held_tile * kTileKeys, held);
+    // The team that has not the partial tile passes as many barriers as the one that has: the race
+    // checker takes a warpgroup that passed fewer for one that has not met the other since.
+    if (kTeams > 1 && held_tile + 1 != end_tile && last_limit < end_tile * kTileKeys) {
+      meet_warpgroup();
+    }
     output.template finish<kRowWarps>(args, state, done, rows, warp, lane);
     if (kTeams > 1) move_on(piece, queries);
   }
@@ -292,7 +297,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::barrier_fence_init();
   }
   __syncthreads();
-  let_next_kernel_start();
 
   // The schedule, and what it was made of, lay there before any kernel behind it started: a share, the
   // rows of its first piece and its pages are found while the kernel before this one runs.

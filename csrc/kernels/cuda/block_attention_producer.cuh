@@ -31,9 +31,11 @@ struct Producer {
     while (true) {
       stream(piece, pages, at, has_waited);
       piece.next(args);
-      if (!piece.valid()) return;
+      if (!piece.valid()) break;
       pages = load_pages(piece, piece.at.tile);
     }
+    // The next kernel reads weights before its turn: not while keys are to be read.
+    let_next_kernel_start();
   }
 
   __device__ Pages load_pages(const Piece& piece, int tile) const {

@@ -80,14 +80,14 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
 // Costs, in quarters of a small item's tile. A head's tiles are followed by what a piece costs beside
 // them: loading Q, merging and writing its rows. More than 64 packed rows cost a little more.
 __device__ bool is_tall(const Item& item) { return item.packed_count > 64; }
-__device__ int tile_cost(const Item& item) { return is_tall(item) ? 5 : 4; }
-__device__ int piece_cost(const Item& item) { return is_tall(item) ? 11 : 6; }
+__device__ int tile_cost(const Item& item) { return is_tall(item) ? 6 : 4; }
+__device__ int piece_cost(const Item& item) { return is_tall(item) ? 18 : 14; }
 __device__ int head_cost(const Item& item) {
   return piece_cost(item) + tile_cost(item) * item.num_tiles;
 }
 // Shares are at least this long: a piece of two tiles. No share that a head runs through may be
 // without a tile of it, for the merge takes a part from each: so not below any tile_cost.
-constexpr int kMinShareCost = 14;
+constexpr int kMinShareCost = 22;
 
 // Writes all items and their cost offsets; returns the length of the line, `num_items` by reference.
 __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_items) {
