@@ -6,7 +6,8 @@
 accuracy: the demo model's answers to held-out prompts in each mode, on this device and on the CPU.
 steps: time of a step of the grown model, its rows in sequences of 8 that read 1,024 positions each,
     against its matrix products alone in one CUDA graph plus the KV bytes at the measured copy
-    bandwidth.
+    bandwidth. Either is timed after as much of the same, for the clock falls while the GPU works,
+    and they take turns: medians of the rounds.
 throughput: offline, of the grown model, by mode and concurrency, with the accuracy beside it.
 idle, kernels: where the GPU's time goes, from profiler traces of the same steps and runs
     (gpu_trace.py); on a GPU alone.
@@ -19,6 +20,7 @@ import argparse
 import gc
 import itertools
 import json
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -48,6 +50,7 @@ THROUGHPUT_MODES = (
 )  # fmt: skip
 STEP_ROWS = (1, 32, 64, 128, 256, 512)
 ROWS_PER_SEQ, CONTEXT = 8, 1024
+STEP_ROUNDS, STEP_SECONDS = 3, 0.2
 GREEDY = optimus.SamplingParams(temperature=0.0, max_tokens=256)
 
 Write = Callable[[dict[str, Any]], None]
@@ -134,15 +137,24 @@ def steps(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
     for rows in STEP_ROWS:
         num_seqs = max(1, rows // ROWS_PER_SEQ)
         short_ms = llm.engine.time_forward(rows, num_seqs, 32, args.repeats)
-        step_ms = llm.engine.time_forward(rows, num_seqs, CONTEXT, args.repeats)
-        # On what the step left: products of random numbers take more time than of zeros.
-        gemm_ms = llm.engine.time_gemms(rows, args.repeats)
         kv_bytes = num_seqs * CONTEXT * token_bytes
         kv_ms = kv_bytes / bandwidth / 1e6 if bandwidth else None
+        rounds: list[tuple[float, float]] = []
+        for _ in range(STEP_ROUNDS):
+            repeats = max(args.repeats, round(STEP_SECONDS * 1e3 / short_ms))
+            llm.engine.time_forward(rows, num_seqs, CONTEXT, repeats)
+            step_ms = llm.engine.time_forward(rows, num_seqs, CONTEXT, repeats)
+            # On what the step left: products of random numbers take more time than of zeros.
+            llm.engine.time_gemms(rows, repeats)
+            rounds.append((step_ms, llm.engine.time_gemms(rows, repeats)))
+        over_floor = [step_ms / (gemm_ms + kv_ms) for step_ms, gemm_ms in rounds] if kv_ms else []
         row = {
-            "rows": rows, "num_seqs": num_seqs, "step_ms": step_ms, "step_ms_short": short_ms,
-            "gemm_ms": gemm_ms, "kv_bytes": kv_bytes, "kv_ms": kv_ms,
-            "over_floor": step_ms / (gemm_ms + kv_ms) if kv_ms is not None else None,
+            "rows": rows, "num_seqs": num_seqs, "step_ms_short": short_ms,
+            "step_ms": statistics.median(step_ms for step_ms, _ in rounds),
+            "gemm_ms": statistics.median(gemm_ms for _, gemm_ms in rounds),
+            "kv_bytes": kv_bytes, "kv_ms": kv_ms,
+            "over_floor": statistics.median(over_floor) if over_floor else None,
+            "over_floor_range": [min(over_floor), max(over_floor)] if over_floor else None,
         }  # fmt: skip
         result["rows"].append(row)
         print(row, flush=True)

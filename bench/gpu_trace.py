@@ -61,14 +61,25 @@ def step_idle_us(events: Sequence[Event]) -> list[float]:
 
 def idle_summary(events: Sequence[Event]) -> dict[str, Any]:
     """idle_us: percentiles of what the GPU waits for the host between two steps, the copies of
-    results and plan included; copies_us: those, a step."""
+    results and plan included; copies: those."""
     idle_us = step_idle_us(events)
     num_steps = len(idle_us) + 1
-    copies_us = sum(e["dur"] for e in events if e["cat"] != "kernel")
+    copies: dict[str, list[Event]] = defaultdict(list)
+    for event in events:
+        if event["cat"] != "kernel":
+            copies[event["name"]].append(event)
     return {
         "num_steps": num_steps,
         "idle_us": {q: percentile(idle_us, q) for q in (10, 50, 90, 99)},
-        "copies_us": copies_us / num_steps,
+        "copies": {
+            name: {
+                "per_step": len(found) / num_steps,
+                "median_us": statistics.median(e["dur"] for e in found),
+                "median_bytes": statistics.median(e["args"].get("bytes", 0) for e in found),
+                "step_us": sum(e["dur"] for e in found) / num_steps,
+            }
+            for name, found in copies.items()
+        },
     }
 
 
