@@ -164,6 +164,16 @@ void Stream::copy_strided(void* to, const void* from, size_t stride, size_t byte
 void Stream::synchronize() {
   if (device_ == Device::cuda) OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream_of(handle_)));
 }
+bool Stream::is_done() {
+  if (device_ == Device::cpu) return true;
+  const cudaError_t status = cudaStreamQuery(stream_of(handle_));
+  if (status == cudaErrorNotReady) {
+    static_cast<void>(cudaGetLastError());  // no error of anybody's
+    return false;
+  }
+  OPTIMUS_CUDA_CHECK(status);
+  return true;
+}
 
 StreamTimer::StreamTimer(Device device) {
   if (device == Device::cpu) return;
@@ -262,6 +272,7 @@ void Stream::copy_strided(void* to, const void* from, size_t stride, size_t byte
   copy_on_host(to, stride, from, stride, bytes, count);
 }
 void Stream::synchronize() {}
+bool Stream::is_done() { return true; }
 
 StreamTimer::StreamTimer(Device device) {
   if (device != Device::cpu) throw_no_cuda();

@@ -49,6 +49,8 @@ class Stream {
   // `count` pieces of `bytes`, `stride` bytes apart on both sides.
   void copy_strided(void* to, const void* from, size_t stride, size_t bytes, size_t count);
   void synchronize();
+  // Whether all that was started is done.
+  bool is_done();
 
  private:
   Device device_;

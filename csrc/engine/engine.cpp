@@ -67,8 +67,9 @@ bool Engine::start_step() {
 }
 
 void Engine::finish_step() {
-  if (runner_.device() == Device::cuda) core_.prefetch();
   const double begin = now_s();
+  // Again and again, or a long step finds what is needed at its end out of the caches.
+  while (!runner_.is_done()) core_.prefetch();
   const StepResult result = runner_.finish();
   const double done = now_s();
   is_started_ = false;

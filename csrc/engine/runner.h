@@ -33,7 +33,9 @@ class Runner {
 
   // Hands a step to the device; on the CPU it is done on return. One step at a time.
   void start(const StepPlan& plan);
-  // Waits for the step that was started.
+  // Whether the step that was started is done.
+  bool is_done() { return stream_.is_done(); }
+  // Waits for it.
   StepResult finish();
   // What the device took for the last finished step.
   double step_ms() const { return timer_.ms(); }
