@@ -62,6 +62,17 @@ int choose_num_pages(const EngineConfig& config, const Model& model) {
   return static_cast<int>(num_pages);
 }
 
+// Of one sequence.
+void check_pages(std::vector<int32_t> page_ids, int num_pages) {
+  for (int32_t page : page_ids) {
+    OPTIMUS_CHECK(page >= 0 && page < num_pages, "[forward] page ids must be below ", num_pages,
+                  ", got ", page);
+  }
+  std::sort(page_ids.begin(), page_ids.end());
+  const auto twice = std::adjacent_find(page_ids.begin(), page_ids.end());
+  OPTIMUS_CHECK(twice == page_ids.end(), "[forward] page ids must differ, got ", *twice, " twice");
+}
+
 }  // namespace
 
 Runner::Runner(const Model& model, const EngineConfig& config)
@@ -186,33 +197,21 @@ StepResult Runner::finish() {
   return buffers_.result();
 }
 
-std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
-                                   const std::vector<int32_t>& positions,
-                                   const std::vector<int32_t>& kv_limits,
-                                   const std::vector<int32_t>& page_ids) {
-  const int rows = static_cast<int>(token_ids.size()), page_size = config_.page_size;
-  const int capacity = static_cast<int>(page_ids.size()) * page_size;
+void Runner::check_rows(const std::vector<int32_t>& token_ids,
+                        const std::vector<int32_t>& positions,
+                        const std::vector<int32_t>& kv_limits, int num_pages) const {
+  const int rows = static_cast<int>(token_ids.size()), vocab_size = model_.config().vocab_size;
+  const int page_size = config_.page_size, capacity = num_pages * page_size;
   OPTIMUS_CHECK(rows > 0 && rows <= config_.max_num_batched_rows,
                 "[forward] rows must be between 1 and max_num_batched_rows ",
                 config_.max_num_batched_rows, ", got ", rows);
-  OPTIMUS_CHECK(positions.size() == token_ids.size() && kv_limits.size() == token_ids.size(),
-                "[forward] token_ids, positions and kv_limits must have one length, got ", rows,
-                ", ", positions.size(), ", ", kv_limits.size());
-  OPTIMUS_CHECK(static_cast<int>(page_ids.size()) <= buffers_.state().page_table_stride,
-                "[forward] at most ", buffers_.state().page_table_stride, " pages, got ",
-                page_ids.size());
-  for (int32_t page : page_ids) {
-    OPTIMUS_CHECK(page >= 0 && page < config_.num_pages, "[forward] page ids must be below ",
-                  config_.num_pages, ", got ", page);
-  }
-  HostRows step;
   for (int i = 0; i < rows; ++i) {
-    OPTIMUS_CHECK(token_ids[i] >= 0 && token_ids[i] < model_.config().vocab_size,
-                  "[forward] token ids must be below vocab_size ", model_.config().vocab_size,
-                  ", got ", token_ids[i]);
+    OPTIMUS_CHECK(token_ids[i] >= 0 && token_ids[i] < vocab_size,
+                  "[forward] token ids must be below vocab_size ", vocab_size, ", got ",
+                  token_ids[i]);
     OPTIMUS_CHECK(positions[i] >= 0 && positions[i] < capacity && kv_limits[i] >= 1 &&
                       kv_limits[i] <= capacity,
-                  "[forward] positions and kv_limits must lie in ", page_ids.size(), " pages of ",
+                  "[forward] positions and kv_limits must lie in ", num_pages, " pages of ",
                   page_size, ", got position ", positions[i], " and kv_limit ", kv_limits[i]);
     OPTIMUS_CHECK(positions[i] >= positions[0],
                   "[forward] no position may lie before the first row's, ", positions[0], ", got ",
@@ -220,6 +219,24 @@ std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
     OPTIMUS_CHECK(i == 0 || kv_limits[i] >= kv_limits[i - 1],
                   "[forward] kv_limits must not decrease, got ", kv_limits[i - 1], " and then ",
                   kv_limits[i]);
+  }
+}
+
+std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
+                                   const std::vector<int32_t>& positions,
+                                   const std::vector<int32_t>& kv_limits,
+                                   const std::vector<int32_t>& page_ids) {
+  const int rows = static_cast<int>(token_ids.size()), page_size = config_.page_size;
+  OPTIMUS_CHECK(positions.size() == token_ids.size() && kv_limits.size() == token_ids.size(),
+                "[forward] token_ids, positions and kv_limits must have one length, got ", rows,
+                ", ", positions.size(), ", ", kv_limits.size());
+  OPTIMUS_CHECK(static_cast<int>(page_ids.size()) <= buffers_.state().page_table_stride,
+                "[forward] at most ", buffers_.state().page_table_stride, " pages, got ",
+                page_ids.size());
+  check_pages(page_ids, config_.num_pages);
+  check_rows(token_ids, positions, kv_limits, static_cast<int>(page_ids.size()));
+  HostRows step;
+  for (int i = 0; i < rows; ++i) {
     step.kv_slots.push_back(page_ids[positions[i] / page_size] * page_size +
                             positions[i] % page_size);
     step.logit_rows.push_back(i);

@@ -40,7 +40,8 @@ class Runner {
   // What the device took for the last finished step.
   double step_ms() const { return timer_.ms(); }
 
-  // Rows of one sequence over the given pages; returns fp32 logits [rows, vocab_size].
+  // Rows of one sequence over the given pages, none before the first one's position; returns fp32
+  // logits [rows, vocab_size].
   std::vector<float> forward(const std::vector<int32_t>& token_ids,
                              const std::vector<int32_t>& positions,
                              const std::vector<int32_t>& kv_limits,
@@ -70,6 +71,9 @@ class Runner {
     int graph;
   };
   Shape shape_of(int rows, int seqs, int logit_rows) const;
+  // As forward() takes them.
+  void check_rows(const std::vector<int32_t>& token_ids, const std::vector<int32_t>& positions,
+                  const std::vector<int32_t>& kv_limits, int num_pages) const;
   void forward_rows(const Shape& shape);
   void launch(const Shape& shape);  // forward and unmask, by graph where there is one
   void capture_graphs();

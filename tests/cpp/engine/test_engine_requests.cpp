@@ -266,6 +266,8 @@ TEST(EngineRequests, ForwardChecksItsArguments) {
   rejects("got position 0 and kv_limit 0", {1}, {0}, {0}, {0});
   rejects("at most 12 pages, got 13", {1}, {0}, {1}, std::vector<int32_t>(13, 0));
   rejects("kv_limits must not decrease, got 2 and then 1", {1, 1}, {0, 1}, {2, 1}, {0});
+  rejects("no position may lie before the first row's, 1, got 0", {1, 1}, {1, 0}, {2, 2}, {0});
+  rejects("page ids must differ, got 2 twice", {1}, {0}, {1}, {2, 1, 2});
   EXPECT_EQ(engine.forward({1}, {0}, {1}, {3}).size(), 61u);
 }
 
