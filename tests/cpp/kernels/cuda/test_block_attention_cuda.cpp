@@ -408,7 +408,8 @@ TEST_F(CudaBlockAttention, AGraphServesOtherLengths) {
 }
 
 // Rows at the ends of their sequences, whose keys the kernel before writes: with positions the others
-// are read before it is done, those are not. A long kernel ahead of both leaves time to be wrong.
+// are read before it is done, those are not. A kernel of one CTA, far ahead of both for long, leaves
+// SMs and time to be wrong.
 TEST_F(CudaBlockAttention, WaitsForTheKeysOfItsStep) {
   Rng rng(312);
   const Shape shape = {8, 2, 128, 64};
@@ -450,24 +451,28 @@ TEST_F(CudaBlockAttention, WaitsForTheKeysOfItsStep) {
   DeviceBuffer<int32_t> device_positions(rows), device_slots(rows);
   copy_to_device(device_positions.data(), positions.data(), rows, nullptr);
   copy_to_device(device_slots.data(), slots.data(), rows, nullptr);
-  constexpr int kLongRows = 1 << 14, kLongWidth = 4096;
+  constexpr int kLong = 1 << 22;
   DeviceTensor device_qkv(qkv.bf16), out(fixture.poisoned_out());
-  DeviceBuffer<uint16_t> long_x(size_t(kLongRows) * kLongWidth), long_out(long_x.size());
+  DeviceBuffer<uint16_t> long_x(kLong), long_out(kLong);
   long_x.fill_bytes(0, nullptr);
   BlockAttentionParams params = fixture.device_params(out.data());
   params.positions = device_positions.data();
   OPTIMUS_CUDA_CHECK(cudaDeviceSynchronize());
-  cuda::block_attention_schedule(params, nullptr);
-  cuda::rms_norm({long_x.data(), nullptr, nullptr, long_x.data(), long_out.data(), kLongRows,
-                  kLongWidth, 1e-6f, DType::bfloat16},
-                 nullptr);
+  cudaStream_t stream;  // kernels of the default stream do not start early
+  OPTIMUS_CUDA_CHECK(cudaStreamCreate(&stream));
+  cuda::block_attention_schedule(params, stream);
+  cuda::rms_norm({long_x.data(), nullptr, nullptr, long_x.data(), long_out.data(), 1, kLong, 1e-6f,
+                  DType::bfloat16},
+                 stream);
   cuda::qk_norm_rope_kv_write(
       {device_qkv.data(), nullptr, nullptr, nullptr, device_positions.data(), device_slots.data(),
        fixture.device_q->data(), fixture.device_k->data(), fixture.device_v->data(), rows,
        shape.num_q_heads, shape.num_kv_heads, shape.head_dim, /*rotary_dim=*/0, shape.page_size,
        1e-6f, DType::bfloat16},
-      nullptr);
-  cuda::block_attention(params, nullptr);
+      stream);
+  cuda::block_attention(params, stream);
+  OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream));
+  OPTIMUS_CUDA_CHECK(cudaStreamDestroy(stream));
   fixture.expect_near(out.read(), fixture.expected(step, pool), step);
 }
 
