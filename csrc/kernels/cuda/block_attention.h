@@ -1,7 +1,7 @@
 // The workspace the two kernels of block attention share, and the words they use.
 //
-//   block_attention_schedule   reads cu_seqlens_q and kv_limits on the device and cuts the step's work
-//                              into equal shares, one per CTA. Once per step, for all layers.
+//   block_attention_schedule   reads cu_seqlens_q, kv_limits and positions on the device and cuts the
+//                              step's work into equal shares, one per CTA. Once per step, for all layers.
 //   block_attention            walks the shares; what was cut across shares is merged at the end by the
 //                              CTAs that had a part of it.
 //

@@ -34,8 +34,8 @@ struct Producer {
       if (!piece.valid()) break;
       pages = load_pages(piece, piece.at.tile);
     }
-    // The next kernel reads weights before its turn: not while keys are to be read.
-    let_next_kernel_start();
+    // The next kernel reads weights before its turn: not while there are keys to be asked for.
+    if (is_v) let_next_kernel_start();
   }
 
   __device__ Pages load_pages(const Piece& piece, int tile) const {

@@ -1,19 +1,20 @@
 // How every kernel here is launched: by programmatic dependent launch where the GPU has it.
 //
 // A dependent kernel's CTAs become resident while the kernel before it runs, as soon as all CTAs of
-// that one allow it and where there is room. For that every kernel begins with
+// that one allow it and where there is room. By default a kernel begins with
 // wait_for_previous_kernel(): it allows the successor to start and then waits until the predecessor is
 // complete and its memory visible. Each kernel waits so, in one CTA at least, whatever started early: a
 // complete predecessor means that everything before it is complete, and the stream order of memory
 // holds.
 //
-// What a kernel reads before the wait must not be the work of kernels that may still run:
-//   weights           (rms_norm, qk_norm_rope_kv_write, gemm_stream) nothing in the stream writes;
-//   a step's schedule (block_attention) and the rows it was made of: its kernel lets no successor
-//                     start before they are all written;
-//   keys and values   (block_attention) of steps before, for the same reason;
-//   the decode state  (unmask's second kernel) its first kernel writes none of it, and lets the second
-//                     start only after its own wait.
+// What a kernel reads before the wait must not be the work of kernels that may still run: of any
+// before it, as far back as those that allow their successor to start before their own wait. So that is
+//   weights           (rms_norm, qk_norm_rope_kv_write, gemm_stream), which nothing in the stream writes;
+//   a step's schedule (block_attention) and the rows it was made of, and the keys and values of steps
+//                     before: the schedule's kernel lets no successor start before it has waited for
+//                     all of them and is done;
+//   the decode state  (unmask's second kernel) and the rows: its first kernel writes none of them, and
+//                     lets the second start only after its own wait.
 // Kernels of libraries are launched plainly and wait for everything.
 #pragma once
 

@@ -38,7 +38,8 @@ struct RowSums {
     float max;       // m
     float sum;       // of 2^e(x, rate), rate = log2(e) / temperature (greedy: as if 1)
     float weighted;  // of 2^e(x, rate) * e(x, rate)
-    int32_t argmax;  // the lowest column of m; a tile says so only if it may be the row's
+    int32_t
+        argmax;  // the lowest column of m; of greedy rows, and a tile's only if it may be theirs
   } head;
   // Only of rows that are sampled:
   float plain_sum;  // of 2^e(x, log2(e))
@@ -51,8 +52,10 @@ struct RowSums {
 static_assert(sizeof(RowSums) == 32);
 
 struct Workspace {
-  RowSums* tiles;     // [num_logit_rows, num_tiles]
-  uint32_t* arrived;  // [num_logit_rows] at a slot's first row: how many of its rows are finished
+  RowSums* tiles;  // [num_logit_rows, num_tiles]
+  // [num_logit_rows] at the first row of a slot that samples from a top-k or top-p set: how many of its
+  // rows are finished.
+  uint32_t* arrived;
 };
 
 inline int num_tiles(int vocab_size) { return ceil_div(vocab_size, kTileColumns); }
@@ -113,7 +116,7 @@ __device__ __forceinline__ int rank_of(const float* keys, float sign, int i, int
 
 __device__ __forceinline__ int num_real_rows(const UnmaskParams& p) {
   if (p.num_logit_rows_device == nullptr) return p.num_logit_rows;
-  return min(*p.num_logit_rows_device, p.num_logit_rows);
+  return min(__ldcg(p.num_logit_rows_device), p.num_logit_rows);
 }
 struct Sampling {
   float scale = 1.0f;    // 1 / temperature, or 1
@@ -122,9 +125,9 @@ struct Sampling {
   float top_p = 1.0f;    // 1 = off
 
   __device__ Sampling(const UnmaskParams& p, int slot) {
-    const float temperature = p.state.temperature[slot];
-    const int k = p.state.top_k[slot];
-    const float mass = p.state.top_p[slot];  // all three on their way at once
+    const float temperature = __ldcg(p.state.temperature + slot);
+    const int k = __ldcg(p.state.top_k + slot);
+    const float mass = __ldcg(p.state.top_p + slot);  // all three on their way at once
     if (!(temperature > 0.0f)) return;
     scale = 1.0f / temperature;
     sampled = true;

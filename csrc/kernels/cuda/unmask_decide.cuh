@@ -1,5 +1,4 @@
-// The last part of unmask: the unmasking strategy of a slot, its commits and its window. By one CTA. What
-// it reads from memory is read in the beginning, apart from candidates that other CTAs found.
+// The last part of unmask: the unmasking strategy of a slot, its commits and its window. By one CTA.
 #pragma once
 
 #include "kernels/cuda/decode_state.cuh"
@@ -20,8 +19,9 @@ __device__ __forceinline__ Segment segment_around(const UnmaskParams& p, int row
   bool more_before = true, more_behind = true;
   while (more_before || more_behind) {
     const int to_before = begin - 1 - lane, to_behind = end + lane;
-    const int slot_before = more_before && to_before >= 0 ? p.logit_slots[to_before] : -1;
-    const int slot_behind = more_behind && to_behind < num_rows ? p.logit_slots[to_behind] : -1;
+    const int slot_before = more_before && to_before >= 0 ? __ldcg(p.logit_slots + to_before) : -1;
+    const int slot_behind =
+        more_behind && to_behind < num_rows ? __ldcg(p.logit_slots + to_behind) : -1;
     const uint32_t before = ~__ballot_sync(0xffffffffu, slot_before == slot);
     const uint32_t behind = ~__ballot_sync(0xffffffffu, slot_behind == slot);
     more_before = before == 0;
@@ -42,10 +42,10 @@ struct Rules {
   __device__ Rules(const DecodeState& state, const Segment& rows)
       : denoise_step(__ldcg(state.denoise_step + rows.slot)),
         block_start(__ldcg(state.block_start + rows.slot)),
-        strategy(static_cast<UnmaskingStrategy>(state.unmasking_strategy[rows.slot])),
-        threshold(state.confidence_threshold[rows.slot]),
-        entropy_bound(state.entropy_bound[rows.slot]) {
-    const int length = state.block_length, steps = state.denoising_steps[rows.slot];
+        strategy(static_cast<UnmaskingStrategy>(__ldcg(state.unmasking_strategy + rows.slot))),
+        threshold(__ldcg(state.confidence_threshold + rows.slot)),
+        entropy_bound(__ldcg(state.entropy_bound + rows.slot)) {
+    const int length = state.block_length, steps = __ldcg(state.denoising_steps + rows.slot);
     quota = length / steps + (denoise_step < length % steps ? 1 : 0);
     quota = min(max(quota, 1), rows.count);
   }
@@ -86,7 +86,7 @@ __device__ void load_window(const UnmaskParams& p, const Segment& rows, DecideSh
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
-    shared.offsets[i] = p.logit_offsets[rows.begin + i];
+    shared.offsets[i] = __ldcg(p.logit_offsets + rows.begin + i);
     shared.ordered[i] = INFINITY;
   }
 }

@@ -179,7 +179,7 @@ __global__ void __maxnreg__(kFinishRegisters<T>)
   __shared__ Shared shared;
   let_next_kernel_start();
   const int row = blockIdx.x, num_rows = num_real_rows(p);
-  const int slot = row < num_rows ? p.logit_slots[row] : -1;
+  const int slot = row < num_rows ? __ldcg(p.logit_slots + row) : -1;
   if (slot >= 0) {
     const Sampling sampling(p, slot);
     const Segment rows = segment_around(p, row, slot, num_rows);
