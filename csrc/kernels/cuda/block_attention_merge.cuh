@@ -185,8 +185,10 @@ __device__ __forceinline__ void merge_cut_piece(const AttentionArgs& args, CutPi
   bool merges = cut.merges_own;
 #pragma unroll 1
   for (int part = own, other = -1;; part = other) {
-    if (merges && cut.merge.num_parts > 2) {
+    if (merges && cut.merge.num_parts > 4) {
       merge_every<kHeadDim, 1, 8>(args, cut, part, step);
+    } else if (merges && cut.merge.num_parts > 2) {
+      merge_every<kHeadDim, 2, 4>(args, cut, part, step);
     } else if (merges) {
       merge_every<kHeadDim, 4, 2>(args, cut, part, step);
     }
