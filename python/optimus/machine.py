@@ -19,7 +19,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": _num_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
+        "system": _system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "optimus": __version__,
@@ -45,6 +45,12 @@ def git_commit() -> str | None:
         return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _system() -> str:
+    """Kernel, processor and C library by version; a kernel's local name says nothing elsewhere."""
+    release = platform.release().partition("-")[0]
+    return f"{platform.system()}-{release}-{platform.machine()}-with-{''.join(platform.libc_ver())}"
 
 
 def _num_cores() -> int | None:
