@@ -94,7 +94,6 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, const CutP
   float total[kRows][8] = {}, max[kRows], sum[kRows] = {};
 #pragma unroll
   for (int i = 0; i < kRows; ++i) max[i] = -INFINITY;
-#pragma unroll 1
   for (int first = 0; first < cut.merge.num_parts; first += kParts) {
     float2 ml[kRows][kParts];
     float4 part[kRows][kParts][2];
@@ -153,67 +152,61 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, const CutP
 }
 
 // Every step-th row of the piece.
-template <int kHeadDim, int kRows, int kParts>
+template <int kHeadDim>
 __device__ __forceinline__ void merge_every(const AttentionArgs& args, const CutPiece& cut,
                                             int first_row, int step) {
   constexpr int kLanesPerRow = kHeadDim / 8;
   constexpr int kRowsAtOnce = kConsumerWarps * 32 / kLanesPerRow;
+  const int packed = first_row + threadIdx.x / kLanesPerRow * step;
   const int column = threadIdx.x % kLanesPerRow * 8, stride = kRowsAtOnce * step;
-#pragma unroll 1
-  for (int at = first_row + threadIdx.x / kLanesPerRow * step; at < cut.packed_count;
-       at += kRows * stride) {
-    merge_rows<kHeadDim, kRows, kParts>(args, cut, at, stride, column);
+  if (packed >= cut.packed_count) return;
+  if (cut.packed_count <= stride) {
+    merge_rows<kHeadDim, 1, 8>(args, cut, packed, stride, column);
+  } else if (cut.packed_count <= 2 * stride) {
+    merge_rows<kHeadDim, 2, 4>(args, cut, packed, stride, column);
+  } else {
+    for (int at = packed; at < cut.packed_count; at += 4 * stride) {
+      merge_rows<kHeadDim, 4, 2>(args, cut, at, stride, column);
+    }
   }
 }
 
-// By all consumers at the end of the share: the CTA's own rows, and those that others have left to it.
-// The code that merges rows is there once: it runs once, and such code is slow to fetch.
+// By all consumers at the end of the share.
 template <int kHeadDim>
 __device__ __forceinline__ void merge_cut_piece(const AttentionArgs& args, CutPiece& cut) {
-  const bool by_last = cut.packed_count * cut.merge.num_parts <= kMostRowsOfLast;
-  if (by_last && !cut.is_last) return;
-  const int step = by_last ? 1 : cut.merge.num_parts;
-  const int parts = by_last ? 1 : min(cut.merge.num_parts, cut.packed_count);  // that have rows
-  const int own = by_last ? 0 : blockIdx.x - cut.merge.first_share;
+  if (cut.packed_count * cut.merge.num_parts <= kMostRowsOfLast) {
+    if (cut.is_last) merge_every<kHeadDim>(args, cut, 0, 1);
+    return;
+  }
+  const int parts = min(cut.merge.num_parts, cut.packed_count);  // that have rows
+  const int part = blockIdx.x - cut.merge.first_share;
   if (threadIdx.x == 0) {
-    cut.merges_own = own < parts && (cut.is_last || wait_for_parts(args, cut, own));
+    cut.merges_own = part < parts && (cut.is_last || wait_for_parts(args, cut, part));
     cut.merges_other = false;
   }
   meet();
-  const bool is_left = cut.is_last && threadIdx.x < parts && threadIdx.x != own &&
+  const bool is_left = cut.is_last && threadIdx.x < parts && threadIdx.x != part &&
                        __ldcg(left_rows(args, cut, threadIdx.x)) == cut.all_arrived;
-  bool merges = cut.merges_own;
-#pragma unroll 1
-  for (int part = own, other = -1;; part = other) {
-    if (merges && cut.merge.num_parts > 4) {
-      merge_every<kHeadDim, 1, 8>(args, cut, part, step);
-    } else if (merges && cut.merge.num_parts > 2) {
-      merge_every<kHeadDim, 2, 4>(args, cut, part, step);
-    } else if (merges) {
-      merge_every<kHeadDim, 4, 2>(args, cut, part, step);
-    }
-    if (!cut.is_last) return;
-    if (other < 0) {
-      if (is_left) cut.merges_other = true;
-      meet();
-      if (!cut.merges_other) return;
-    }
-    if (++other == parts) return;
+  if (cut.merges_own) merge_every<kHeadDim>(args, cut, part, cut.merge.num_parts);
+  if (!cut.is_last) return;
+  if (is_left) cut.merges_other = true;
+  meet();
+  if (!cut.merges_other) return;
+  for (int other = 0; other < parts; ++other) {
     meet();
     if (threadIdx.x == 0) {
-      cut.merges_other = other != own && take_left_rows(left_rows(args, cut, other), cut);
+      cut.merges_other = other != part && take_left_rows(left_rows(args, cut, other), cut);
     }
     meet();
-    merges = cut.merges_other;
+    if (cut.merges_other) merge_every<kHeadDim>(args, cut, other, cut.merge.num_parts);
   }
 }
 
 template <int kHeadDim>
 __device__ __forceinline__ void merge_cut_pieces(const AttentionArgs& args, CutPieces& pieces) {
   meet();  // thread 0 has written them
-#pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
-    if (pieces.cut[i].all_arrived > 0) merge_cut_piece<kHeadDim>(args, pieces.cut[i]);
+  for (CutPiece& cut : pieces.cut) {
+    if (cut.all_arrived > 0) merge_cut_piece<kHeadDim>(args, cut);
   }
 }
 

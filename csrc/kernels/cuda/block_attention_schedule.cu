@@ -85,8 +85,8 @@ __device__ int piece_cost(const Item& item) { return is_tall(item) ? 18 : 14; }
 __device__ int head_cost(const Item& item) {
   return piece_cost(item) + tile_cost(item) * item.num_tiles;
 }
-// Shares are at least this long: a piece of two tiles. No share that a head runs through may be
-// without a tile of it, for the merge takes a part from each: so not below any tile_cost.
+// Shares are at least this long: a small item's piece of two tiles. No share that a head runs through
+// may be without a tile of it, for the merge takes a part from each: so not below any tile_cost.
 constexpr int kMinShareCost = 22;
 
 // Writes all items and their cost offsets; returns the length of the line, `num_items` by reference.
@@ -209,11 +209,11 @@ __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
   } else if (num_shares / num_heads * num_heads * 10 >= num_shares * 9) {
     const Item& item = line.items[0];
     // A part of one tile costs more to merge than it saves, and an SM that the next kernel could use.
-    // Few tiles: half of the SMs read them nearly as fast, with fewer parts to merge, or none; but a
-    // part is a quarter of the head at most.
+    // Few tiles: whole heads on half of the SMs are read nearly as fast, with nothing to merge; else
+    // parts of some tiles each.
     const bool is_short = !is_tall(item) && num_heads * item.num_tiles <= 8 * num_shares;
     const int most = num_shares / num_heads;
-    const int parts = !is_short ? most : most <= 3 ? 1 : max(most / 2, 4);
+    const int parts = !is_short ? most : most <= 3 ? 1 : min(most, item.num_tiles / 4);
     even.parts = max(1, min(parts, item.num_tiles / 2));
   }
   return even;
