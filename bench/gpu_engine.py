@@ -10,7 +10,8 @@ steps: time of a step of the grown model, its rows in sequences of 8 that read 1
     and they take turns: medians of the rounds.
 throughput: offline, of the grown model, by mode and concurrency, with the accuracy beside it.
 idle, kernels: where the GPU's time goes, from profiler traces of the same steps and runs
-    (gpu_trace.py); on a GPU alone.
+    (gpu_trace.py); on a GPU alone, and after all others: once a profiler was attached, launches
+    stay slower.
 One JSON file per part, written as far as it got; a part that fails does not stop the others.
 """
 
