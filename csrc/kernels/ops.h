@@ -77,7 +77,7 @@ struct GemmParams {
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
   // CUDA only, where gemm_takes_silu(): the rows of the weight are gates and ups in turn (see
-  // SiluMulParams), and out [rows, n / 2] = silu(gate) * up, of unrounded products.
+  // SiluMulParams), and out [rows, n / 2] = silu(gate) * up, of products rounded to bf16.
   bool silu = false;
 };
 constexpr size_t kGemmWorkspaceBytes = size_t(32) << 20;
