@@ -127,25 +127,32 @@ struct Fixture {
     OPTIMUS_CUDA_CHECK(cudaDeviceSynchronize());
   }
 
+  // All but the pointers.
+  BlockAttentionParams params_of(int num_seqs, DType dtype) const {
+    BlockAttentionParams params{};
+    params.num_seqs = num_seqs;
+    params.num_q_heads = shape.num_q_heads;
+    params.num_kv_heads = shape.num_kv_heads;
+    params.head_dim = shape.head_dim;
+    params.page_size = shape.page_size;
+    params.page_table_stride = stride;
+    params.scale = 0.125f;
+    params.dtype = dtype;
+    return params;
+  }
   BlockAttentionParams device_params(void* out) {
-    return {device_q->data(),
-            device_k ? device_k->data() : nullptr,
-            device_v ? device_v->data() : nullptr,
-            cu_seqlens.data(),
-            kv_limits.data(),
-            page_table.data(),
-            out,
-            max_seqs,
-            shape.num_q_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.page_size,
-            stride,
-            kScale,
-            DType::bfloat16,
-            workspace.data(),
-            workspace.size(),
-            max_rows};
+    BlockAttentionParams params = params_of(max_seqs, DType::bfloat16);
+    params.q = device_q->data();
+    params.k_pages = device_k ? device_k->data() : nullptr;
+    params.v_pages = device_v ? device_v->data() : nullptr;
+    params.cu_seqlens_q = cu_seqlens.data();
+    params.kv_limits = kv_limits.data();
+    params.page_table = page_table.data();
+    params.out = out;
+    params.workspace = workspace.data();
+    params.workspace_bytes = workspace.size();
+    params.max_rows = max_rows;
+    return params;
   }
 
   Tensor poisoned_out() const {
@@ -166,21 +173,15 @@ struct Fixture {
 
   Tensor expected(const Step& step, ThreadPool& pool) const {
     Tensor out(DType::float32, size_t(max_rows) * shape.num_q_heads * shape.head_dim);
-    BlockAttentionParams params = {q.fp32.data(),
-                                   k.fp32.data(),
-                                   v.fp32.data(),
-                                   step.cu_seqlens.data(),
-                                   step.kv_limits.data(),
-                                   step.page_table.data(),
-                                   out.data(),
-                                   static_cast<int>(step.cu_seqlens.size()) - 1,
-                                   shape.num_q_heads,
-                                   shape.num_kv_heads,
-                                   shape.head_dim,
-                                   shape.page_size,
-                                   stride,
-                                   kScale,
-                                   DType::float32};
+    BlockAttentionParams params =
+        params_of(static_cast<int>(step.cu_seqlens.size()) - 1, DType::float32);
+    params.q = q.fp32.data();
+    params.k_pages = k.fp32.data();
+    params.v_pages = v.fp32.data();
+    params.cu_seqlens_q = step.cu_seqlens.data();
+    params.kv_limits = step.kv_limits.data();
+    params.page_table = step.page_table.data();
+    params.out = out.data();
     cpu::block_attention(params, pool);
     return out;
   }
@@ -202,7 +203,6 @@ struct Fixture {
     }
   }
 
-  static constexpr float kScale = 0.125f;
   Shape shape;
   int stride, max_seqs, max_rows;
   Values q, k, v;
