@@ -277,8 +277,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float2* max_sum = reinterpret_cast<float2*>(after_slots + Layout::kSums);
   Ring ring = {raw_address + padding,
                ptx::shared_address(after_slots + Layout::kSums + Layout::kMaxSum)};
-  // The same in all lanes, as the compiler can tell: wgmma must not look divergent.
-  int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
+  int warp = ptx::of_warp(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
 #if defined(OPTIMUS_SM90)

@@ -14,15 +14,12 @@ namespace optimus::cuda::attention {
 
 // ------------------------------------------------------------------------------------------- products
 
-// The same value in all lanes, as the compiler can tell: it is moved to where wgmma reads it once, and
+// scores = q k^T, issued and committed. An operand of the warp is moved to where wgmma reads it once,
 // not once for each product of a tile.
-__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
-
-// scores = q k^T, issued and committed.
 template <int kHeadDim>
 __device__ __forceinline__ void issue_scores(const WarpState<kHeadDim>& state,
                                              float (&scores)[kTileKeys / 8][4], uint32_t k) {
-  const uint32_t low = uniform(lower_operand(k, 16));
+  const uint32_t low = ptx::of_warp(lower_operand(k, 16));
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     const int bytes = step / 4 * (kTileKeys * 128) + step % 4 * 32;
@@ -35,7 +32,7 @@ __device__ __forceinline__ void issue_scores(const WarpState<kHeadDim>& state,
 template <int kHeadDim>
 __device__ __forceinline__ void issue_values(WarpState<kHeadDim>& state,
                                              const uint32_t (&p)[kTileKeys / 16][4], uint32_t v) {
-  const uint32_t low = uniform(lower_operand(v, kTileKeys * 128));
+  const uint32_t low = ptx::of_warp(lower_operand(v, kTileKeys * 128));
 #pragma unroll
   for (int step = 0; step < kTileKeys / 16; ++step) {
     wgmma<true>(state.out, p[step], low + step * 16 * 128 / 16, true);

@@ -277,7 +277,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 // --------------------------------------------------------------------------------------- registers
 
 // The value of lane 0, in all lanes, as the compiler can tell: it is kept in a uniform register, and
-// branches on it do not diverge.
+// branches on it do not diverge, as those around wgmma must not.
 template <class T>
 __device__ __forceinline__ T of_warp(T value) {
   return __shfl_sync(~0u, value, 0);

@@ -15,14 +15,18 @@ namespace optimus::cuda {
 // -------------------------------------------------------------------------------- order and operands
 
 // A shared-memory operand in the 128-byte swizzle. `leading`: bytes to the next 64 columns (used when
-// the operand is transposed), `stride`: bytes to the next 8 rows.
+// the operand is transposed), `stride`: bytes to the next 8 rows. The lower half moves on by a sixteenth
+// of the bytes, so that the operands of a tile's products are one addition apart; the upper half is the
+// same for all.
+__device__ __forceinline__ uint32_t lower_operand(uint32_t address, int leading) {
+  return (static_cast<uint32_t>(leading >> 4) << 16) | ((address & 0x3ffff) >> 4);
+}
 __device__ __forceinline__ uint64_t operand(uint32_t address, int leading, int stride) {
   return (uint64_t{1} << 62) | (static_cast<uint64_t>(stride >> 4) << 32) |
-         (static_cast<uint64_t>(leading >> 4) << 16) | ((address & 0x3ffff) >> 4);
+         lower_operand(address, leading);
 }
 
-// The operand `bytes` further on in shared memory, of which an operand never leaves the addresses: its
-// upper half stays as it is.
+// The operand `bytes` further on in shared memory.
 __device__ __forceinline__ uint64_t ahead(uint64_t operand, int bytes) {
   return (operand & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(operand) + (bytes >> 4));
 }
@@ -76,11 +80,7 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount][4]) {
 
 // ------------------------------------------------------------- products with A in registers
 
-// The lower half of operand(address, leading, 1024). It moves on by a sixteenth of the bytes, so the
-// operands of a tile's products are one addition apart. The upper half is the same for all.
-__device__ __forceinline__ uint32_t lower_operand(uint32_t address, int leading) {
-  return (static_cast<uint32_t>(leading >> 4) << 16) | ((address & 0x3ffff) >> 4);
-}
+// The upper half of operand(address, leading, 1024).
 constexpr uint32_t kUpperOperand = (1u << 30) | (1024 >> 4);
 
 // d[64 x n] = (add ? d : 0) + a[64 x 16] b, `b` by its lower half. Plain: b is [n][16], as K is;
