@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,9 +117,9 @@ def queue_block_events(live: LiveRequest) -> deque[Event]:
 
 
 def queue_denoise_events(
-    live: LiveRequest, tokenizer: Tokenizer | None, block_end: Callable[[LiveRequest], int]
+    live: LiveRequest, tokenizer: Tokenizer | None, block_length: int, max_model_len: int
 ) -> deque[Event]:
-    """A queue that fills with `DenoiseEvent`s; `block_end` gives the length of a snapshot."""
+    """A queue that fills with `DenoiseEvent`s. block_length: 0 if there are no blocks."""
     events: deque[Event] = deque()
 
     def on_update(live: LiveRequest, committed: list[int]) -> None:
@@ -127,7 +127,7 @@ def queue_denoise_events(
         if live.output is not None:
             token_ids = list(live.output.outputs[0].token_ids)
         else:
-            token_ids += [None] * (block_end(live) - len(token_ids))
+            token_ids += [None] * (_block_end(live, block_length, max_model_len) - len(token_ids))
         committed = [i for i in committed if i < len(token_ids)]
         if committed or live.output is not None:
             text = snapshot_text(tokenizer, token_ids)
@@ -135,3 +135,15 @@ def queue_denoise_events(
 
     live.on_update = on_update
     return events
+
+
+def _block_end(live: LiveRequest, block_length: int, max_model_len: int) -> int:
+    """Output length at the end of the block that is being decoded; 0 if there are no blocks."""
+    if block_length == 0:
+        return 0
+    prompt_len = len(live.prompt_token_ids)
+    end = ((prompt_len + live.num_known) // block_length + 1) * block_length
+    limit = max_model_len
+    if live.params.max_tokens is not None:
+        limit = min(limit, prompt_len + live.params.max_tokens)
+    return min(end, limit) - prompt_len

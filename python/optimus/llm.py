@@ -318,7 +318,8 @@ class LLM:
         if mode == "block":
             events = queue_block_events(live)
         else:
-            events = queue_denoise_events(live, self.tokenizer, self._block_end)
+            block = 0 if self.options.decode_mode == "ar" else self.engine.config.block_length
+            events = queue_denoise_events(live, self.tokenizer, block, self.max_model_len)
         try:
             while live.output is None or events:
                 while not events:
@@ -326,17 +327,6 @@ class LLM:
                 yield events.popleft()
         finally:
             self._tracker.abort(live)
-
-    def _block_end(self, live: LiveRequest) -> int:
-        """Output length at the end of the block that is being decoded; 0 if there are no blocks."""
-        if self.options.decode_mode == "ar":
-            return 0
-        block, prompt_len = self.engine.config.block_length, len(live.prompt_token_ids)
-        end = ((prompt_len + live.num_known) // block + 1) * block
-        limit = self.max_model_len
-        if live.params.max_tokens is not None:
-            limit = min(limit, prompt_len + live.params.max_tokens)
-        return min(end, limit) - prompt_len
 
     def _run(self, requests: list[_Request], use_tqdm: bool) -> list[RequestOutput]:
         live: list[LiveRequest] = []
