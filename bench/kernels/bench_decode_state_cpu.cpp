@@ -40,7 +40,11 @@ struct State {
         entropy_bound(num_slots, 0.3f),
         denoising_steps(num_slots, kBlockLength),
         strategy(num_slots, kLowConfidenceDynamic),
-        seed(num_slots, 7) {
+        seed(num_slots, 7),
+        first_output(num_slots),
+        end_position(num_slots, 1 << 30),
+        stop_token_ids(num_slots * kMaxStopTokens, -1),
+        ended(num_slots) {
     for (size_t i = 0; i < page_table.size(); ++i) page_table[i] = static_cast<int32_t>(i);
   }
   DecodeState view() {
@@ -57,6 +61,10 @@ struct State {
             denoising_steps.data(),
             strategy.data(),
             seed.data(),
+            first_output.data(),
+            end_position.data(),
+            stop_token_ids.data(),
+            ended.data(),
             num_slots,
             kBlockLength,
             kStride};
@@ -71,6 +79,8 @@ struct State {
   std::vector<int32_t> denoising_steps;
   std::vector<uint8_t> strategy;
   std::vector<uint64_t> seed;
+  std::vector<int32_t> first_output, end_position, stop_token_ids;
+  std::vector<uint8_t> ended;
 };
 
 template <class Run>

@@ -252,7 +252,8 @@ class Bench {
 
   struct State {
     DeviceBuffer<int32_t> block_start, tokens, denoise_step, page_table, top_k, steps;
-    DeviceBuffer<uint8_t> status, strategy;
+    DeviceBuffer<int32_t> first_output, end_position, stop_token_ids;
+    DeviceBuffer<uint8_t> status, strategy, ended;
     DeviceBuffer<float> temperature, top_p, threshold, bound;
     DeviceBuffer<uint64_t> seed;
     DecodeState view;
@@ -274,14 +275,20 @@ class Bench {
     s.threshold = filled<float>(num_slots, 0.9f);
     s.bound = filled<float>(num_slots, 0.3f);
     s.seed = filled<uint64_t>(num_slots, 7);
-    s.view = {s.block_start.data(), s.tokens.data(),
-              s.status.data(),      s.denoise_step.data(),
-              s.page_table.data(),  s.temperature.data(),
-              s.top_k.data(),       s.top_p.data(),
-              s.threshold.data(),   s.bound.data(),
-              s.steps.data(),       s.strategy.data(),
-              s.seed.data(),        num_slots,
-              kBlockLength,         stride};
+    s.first_output = filled<int32_t>(num_slots, 0);
+    s.end_position = filled<int32_t>(num_slots, 1 << 30);
+    s.stop_token_ids = filled<int32_t>(num_slots * kMaxStopTokens, -1);
+    s.ended = filled<uint8_t>(num_slots, 0);
+    s.view = {s.block_start.data(),  s.tokens.data(),
+              s.status.data(),       s.denoise_step.data(),
+              s.page_table.data(),   s.temperature.data(),
+              s.top_k.data(),        s.top_p.data(),
+              s.threshold.data(),    s.bound.data(),
+              s.steps.data(),        s.strategy.data(),
+              s.seed.data(),         s.first_output.data(),
+              s.end_position.data(), s.stop_token_ids.data(),
+              s.ended.data(),        num_slots,
+              kBlockLength,          stride};
     return s;
   }
 

@@ -16,7 +16,9 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
   };
   mirror(plan_, slots, slots_, chunk_lengths_, prefill_lens_, prefill_starts_, prefill_offsets_,
          refresh_, open_slots_, open_block_starts_, open_num_fresh_, top_k_, denoising_steps_,
-         temperature_, top_p_, confidence_threshold_, entropy_bound_, unmasking_strategy_, seed_);
+         temperature_, top_p_, confidence_threshold_, entropy_bound_, unmasking_strategy_, seed_,
+         first_output_, end_position_);
+  mirror(plan_, slots * kMaxStopTokens, stop_token_ids_);
   mirror(plan_, slots * stride, page_table_);
   mirror(plan_, slots * grid, open_tokens_);
   mirror(plan_, rows, prefill_tokens_);
@@ -33,18 +35,19 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
   const auto allocate = [device](size_t count, auto&... buffers) {
     ((buffers = std::decay_t<decltype(buffers)>(count, device)), ...);
   };
-  allocate(slots, denoise_step_);
+  allocate(slots, denoise_step_, ended_);
   allocate(slots * 2 * grid, window_tokens_, window_status_);
   allocate(slots * stride, seq_page_table_);
   allocate(rows, token_ids_, positions_, kv_limits_, kv_slots_, logit_rows_, candidate_entropy_);
   allocate(slots + 1, cu_seqlens_q_);
 
-  state_ = {block_start_.device,   window_tokens_.data(),   window_status_.data(),
-            denoise_step_.data(),  page_table_.device,      temperature_.device,
-            top_k_.device,         top_p_.device,           confidence_threshold_.device,
-            entropy_bound_.device, denoising_steps_.device, unmasking_strategy_.device,
-            seed_.device,          config.max_num_seqs,     config.grid(),
-            max_pages_per_seq};
+  state_ = {block_start_.device,    window_tokens_.data(),   window_status_.data(),
+            denoise_step_.data(),   page_table_.device,      temperature_.device,
+            top_k_.device,          top_p_.device,           confidence_threshold_.device,
+            entropy_bound_.device,  denoising_steps_.device, unmasking_strategy_.device,
+            seed_.device,           first_output_.device,    end_position_.device,
+            stop_token_ids_.device, ended_.data(),           config.max_num_seqs,
+            config.grid(),          max_pages_per_seq};
   rows_ = {token_ids_.data(),     positions_.data(),      kv_limits_.data(),  kv_slots_.data(),
            cu_seqlens_q_.data(),  seq_page_table_.data(), logit_rows_.data(), logit_slots_.device,
            logit_offsets_.device, counts_.device};
@@ -52,7 +55,7 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
                  candidate_entropy_.data(), candidate_committed_.device};
 }
 
-// A request's sampling parameters, into its slot.
+// A request's sampling parameters and where it ends, into its slot.
 void DecodeBuffers::write_sampling(const Request& request) {
   const int grid = config_.grid(), slot = request.slot;
   const SamplingParams& params = request.params;
@@ -65,6 +68,17 @@ void DecodeBuffers::write_sampling(const Request& request) {
       params.denoising_steps > 0 ? std::min(params.denoising_steps, grid) : grid;
   unmasking_strategy_.host[slot] = params.unmasking_strategy;
   seed_.host[slot] = params.seed;
+  first_output_.host[slot] = request.prompt_len();
+  end_position_.host[slot] = request.max_len();
+  // Of more stop tokens than fit, the rest is found when the host looks.
+  int32_t* stops = stop_token_ids_.host + size_t(slot) * kMaxStopTokens;
+  int32_t* const end = stops + kMaxStopTokens;
+  const auto add = [&](const std::vector<int32_t>& ids) {
+    for (auto id = ids.begin(); id != ids.end() && stops != end; ++id) *stops++ = *id;
+  };
+  if (!params.ignore_eos) add(config_.eos_token_ids);
+  add(params.stop_token_ids);
+  std::fill(stops, end, -1);
 }
 
 void DecodeBuffers::open_window(const Request& request) {
@@ -193,7 +207,7 @@ void DecodeBuffers::write_rows(const HostRows& rows) {
 
 size_t DecodeBuffers::bytes() const {
   size_t total = plan_.bytes() + results_.bytes() + row_results_.bytes() + window_status_.bytes() +
-                 candidate_entropy_.bytes();
+                 ended_.bytes() + candidate_entropy_.bytes();
   for (const Buffer<int32_t>* buffer :
        {&window_tokens_, &denoise_step_, &token_ids_, &positions_, &kv_limits_, &kv_slots_,
         &cu_seqlens_q_, &seq_page_table_, &logit_rows_}) {

@@ -86,6 +86,7 @@ class DecodeBuffers {
   Mirrored<float> temperature_, top_p_, confidence_threshold_, entropy_bound_;
   Mirrored<uint8_t> unmasking_strategy_;
   Mirrored<uint64_t> seed_;
+  Mirrored<int32_t> first_output_, end_position_, stop_token_ids_;
 
   // Device to host [num_slots], [max_rows].
   MirroredArrays results_;
@@ -97,7 +98,7 @@ class DecodeBuffers {
 
   // Device only.
   Buffer<int32_t> window_tokens_, denoise_step_;
-  Buffer<uint8_t> window_status_;
+  Buffer<uint8_t> window_status_, ended_;
   Buffer<int32_t> token_ids_, positions_, kv_limits_, kv_slots_, cu_seqlens_q_, seq_page_table_,
       logit_rows_;
   Buffer<float> candidate_entropy_;

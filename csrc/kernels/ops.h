@@ -168,6 +168,7 @@ void kv_copy(const KvCopyParams&, const Execution&);
 // ---------------------------------------------------------------------------------- decode state
 
 constexpr int kMaxBlockLength = 1024;
+constexpr int kMaxStopTokens = 8;
 
 // What a position of the decode window is. The mask state never comes from token ids: a prompt may
 // hold the mask token's text.
@@ -202,6 +203,13 @@ struct DecodeState {
   int32_t* denoising_steps;     // [num_slots] 1..B
   uint8_t* unmasking_strategy;  // [num_slots]
   uint64_t* seed;               // [num_slots]
+  // Where a request is done, so that a step planned before anybody looked has no rows of it.
+  int32_t*
+      first_output;  // [num_slots] position of its first own token: stop tokens count from there
+  int32_t* end_position;    // [num_slots] behind the last token it may have
+  int32_t* stop_token_ids;  // [num_slots, kMaxStopTokens] -1 = none
+  uint8_t* ended;  // [num_slots] of its own tokens the last one, or a stop token, is known,
+                   // and so is every token before
   int num_slots, block_length, page_table_stride;
 };
 
@@ -226,7 +234,7 @@ struct StepRows {
   int32_t* counts;         // [2] rows, logits rows
 };
 
-// Starts the decode windows of slots: of the current block (ar: of the position before block_start)
+// Starts the decode windows of slots, which have not ended: of the current block (ar: of the position before block_start)
 // the first num_fresh tokens are known and fresh, the rest is masked and absent; the previous block
 // is cached. The other fields of the state are the host's to write.
 struct OpenWindowsParams {
@@ -249,6 +257,7 @@ void open_windows(const OpenWindowsParams&, const Execution&);
 //     caller keeps the window such that no absent mask precedes a known position.
 //   decode sequence, block: all positions of the current block; the previous block as above.
 //   decode sequence, ar: the last known token.
+//   decode sequence whose slot has ended: no rows.
 //   prefill sequence: prefill_tokens[prefill_offsets[s] ...], prefill_lens[s] of them, from position
 //     prefill_starts[s]; kv_limit = end of the block (prefill_causal: position + 1).
 struct BuildRowsParams {
@@ -281,8 +290,8 @@ struct Candidates {
 
 // Reads the logits once, picks a token per row (argmax, or Gumbel-max over the top-k/top-p set with
 // noise that is a function of (seed, position, denoise step, token)), applies the slot's unmasking
-// strategy to the slot's rows, commits into the state, and slides the window of a slot whose block
-// has no mask left. The quota of a step is n_t = B / denoising_steps (+1 in the first
+// strategy to the slot's rows, commits into the state, notes whether the slot has ended, and slides the
+// window of a slot whose block has no mask left. The quota of a step is n_t = B / denoising_steps (+1 in the first
 // B % denoising_steps steps), at least 1 and at most the rows there are:
 //   low_confidence_dynamic: every row with confidence > threshold if at least n_t, else the n_t best
 //   low_confidence_static:  the n_t best;   sequential: the first n_t

@@ -146,6 +146,8 @@ void build_rows(const BuildRowsParams& p, ThreadPool&) {
     uint8_t* status = p.state.window_status + int64_t(slot) * 2 * block_length;
     if (p.prefill_lens[seq] > 0) {
       build_prefill(writer, seq, slot);
+    } else if (p.state.ended[slot]) {
+      // nothing
     } else if (p.mode == RowMode::ar) {
       build_ar(writer, slot, tokens, status);
     } else {

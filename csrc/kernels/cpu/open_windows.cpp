@@ -24,6 +24,7 @@ void open_windows(const OpenWindowsParams& p, ThreadPool&) {
     std::fill_n(status + first, num_fresh, uint8_t(kFresh));
     p.state.block_start[slot] = p.block_starts[i];
     p.state.denoise_step[slot] = 0;
+    p.state.ended[slot] = 0;
   }
 }
 

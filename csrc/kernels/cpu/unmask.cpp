@@ -146,6 +146,19 @@ void apply_strategy(const UnmaskParams& p, int begin, int end, std::vector<int>&
   for (int k = 0; k < quota; ++k) p.out.committed[order[k]] = 1;
 }
 
+// Whether the slot's tokens up to its first mask are all that it may have, or hold a stop token.
+bool has_ended(const DecodeState& state, int slot, const int32_t* tokens, const uint8_t* status) {
+  const int32_t* stops = state.stop_token_ids + int64_t(slot) * kMaxStopTokens;
+  for (int i = 0; i < state.block_length; ++i) {
+    const int32_t position = state.block_start[slot] + i;
+    if (status[i] == kAbsent || status[i] == kPresent) return false;
+    if (position < state.first_output[slot]) continue;
+    if (position + 1 >= state.end_position[slot]) return true;
+    if (std::find(stops, stops + kMaxStopTokens, tokens[i]) != stops + kMaxStopTokens) return true;
+  }
+  return false;
+}
+
 // Writes the commits into the window; a block without masks becomes the previous block.
 void update_window(const UnmaskParams& p, int begin, int end) {
   const DecodeState& state = p.state;
@@ -158,6 +171,7 @@ void update_window(const UnmaskParams& p, int begin, int end) {
     tokens[block_length + p.logit_offsets[i]] = p.out.token_ids[i];
     status[block_length + p.logit_offsets[i]] = kFresh;
   }
+  state.ended[slot] = has_ended(state, slot, tokens + block_length, status + block_length);
   state.denoise_step[slot] += 1;
   auto count = [&](int first, int last, auto&& predicate) {
     return static_cast<int>(std::count_if(status + first, status + last, predicate));

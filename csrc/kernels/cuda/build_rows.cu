@@ -26,6 +26,7 @@ struct Seq {
   int32_t num_present;  // positions of the current block with KV during this step
   bool refresh;
   bool feeds_previous;  // the previous block has rows
+  bool decodes;         // has decode rows
 };
 
 struct Shared {
@@ -83,7 +84,10 @@ __device__ int2 count_rows(const BuildRowsParams& p, int index, Seq& seq) {
   seq.refresh = p.refresh[index];
   seq.feeds_previous = false;
   seq.block_start = p.state.block_start[seq.slot];
+  seq.decodes = false;
   if (seq.prefill_len > 0) return make_int2(seq.prefill_len, 0);
+  if (p.state.ended[seq.slot]) return make_int2(0, 0);
+  seq.decodes = true;
   if (p.mode == RowMode::ar) return make_int2(1, 1);
   const int length = p.state.block_length;
   const uint8_t* status = window_status(p.state, seq.slot);
@@ -209,7 +213,7 @@ __device__ void write_sequence(const BuildRowsParams& p, int index, const Shared
   for (int i = lane; i < stride; i += kWarp) {
     p.rows.page_table[int64_t(index) * stride + i] = pages[i];
   }
-  if (seq.prefill_len > 0) return;
+  if (!seq.decodes) return;
   int row = shared.first_row[index], logit_row = shared.first_logit_row[index];
   if (p.mode != RowMode::ar) {
     if (seq.feeds_previous) row = write_previous_block(p, seq, row);

@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kThreads) open_windows_kernel(OpenWindowsParam
   if (threadIdx.x > 0) return;
   p.state.block_start[slot] = p.block_starts[blockIdx.x];
   p.state.denoise_step[slot] = 0;
+  p.state.ended[slot] = 0;
 }
 
 }  // namespace

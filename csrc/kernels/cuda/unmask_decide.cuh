@@ -35,13 +35,15 @@ __device__ __forceinline__ Segment segment_around(const UnmaskParams& p, int row
 // The slot's rules and counters. What steps change comes from the L2 cache, here and below: the kernel
 // may be at it before it has waited for anything.
 struct Rules {
-  int quota, denoise_step, block_start;
+  int quota, denoise_step, block_start, first_output, end_position;
   UnmaskingStrategy strategy;
   float threshold, entropy_bound;
 
   __device__ Rules(const DecodeState& state, const Segment& rows)
       : denoise_step(__ldcg(state.denoise_step + rows.slot)),
         block_start(__ldcg(state.block_start + rows.slot)),
+        first_output(__ldcg(state.first_output + rows.slot)),
+        end_position(__ldcg(state.end_position + rows.slot)),
         strategy(static_cast<UnmaskingStrategy>(__ldcg(state.unmasking_strategy + rows.slot))),
         threshold(__ldcg(state.confidence_threshold + rows.slot)),
         entropy_bound(__ldcg(state.entropy_bound + rows.slot)) {
@@ -59,6 +61,8 @@ struct DecideShared {
   int32_t offsets[kMaxBlockLength];
   int32_t window_tokens[kMaxBlockLength];  // of the current block
   uint8_t status[2 * kMaxBlockLength];     // the window
+  int32_t stop_tokens[kMaxStopTokens];
+  int32_t num_known;  // positions of the current block before its first mask
   bool committed[kMaxBlockLength];
   int32_t num_committed;
 };
@@ -88,6 +92,11 @@ __device__ void load_window(const UnmaskParams& p, const Segment& rows, DecideSh
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
     shared.offsets[i] = __ldcg(p.logit_offsets + rows.begin + i);
     shared.ordered[i] = INFINITY;
+  }
+  if (threadIdx.x == 0) shared.num_known = length;
+  if (threadIdx.x < kMaxStopTokens) {
+    shared.stop_tokens[threadIdx.x] =
+        __ldcg(p.state.stop_token_ids + int64_t(rows.slot) * kMaxStopTokens + threadIdx.x);
   }
 }
 
@@ -148,6 +157,21 @@ __device__ void apply_strategy(const Segment& rows, const Rules& rules, DecideSh
   __syncthreads();
 }
 
+// Whether the slot's tokens up to its first mask are all that it may have, or hold a stop token.
+__device__ bool has_ended(const Rules& rules, const DecideShared& shared) {
+  const auto is_last = [&](int i) {
+    const int position = rules.block_start + i;
+    if (position < rules.first_output) return false;
+    bool is_last = position + 1 >= rules.end_position;
+#pragma unroll
+    for (int k = 0; k < kMaxStopTokens; ++k) {
+      is_last |= shared.window_tokens[i] == shared.stop_tokens[k];
+    }
+    return is_last;
+  };
+  return count_if(0, shared.num_known, is_last) > 0;
+}
+
 // Writes the commits into the window; a block without masks becomes the previous block.
 __device__ void update_window(const UnmaskParams& p, const Segment& rows, const Rules& rules,
                               DecideShared& shared) {
@@ -164,9 +188,14 @@ __device__ void update_window(const UnmaskParams& p, const Segment& rows, const 
     shared.status[length + shared.offsets[i]] = kFresh;
   }
   __syncthreads();
-  auto masked = [&](int i) { return is_masked(shared.status[i]); };
+  auto masked = [&](int i) {
+    const bool masked = is_masked(shared.status[i]);
+    if (masked) atomicMin(&shared.num_known, i - length);
+    return masked;
+  };
   auto fresh = [&](int i) { return shared.status[i] == kFresh; };
   int num_masked = count_if(length, 2 * length, masked);
+  const bool ended = has_ended(rules, shared);
   const bool slides = num_masked == 0;
   int num_fresh = count_if(slides ? length : 0, 2 * length, fresh);
 #pragma unroll 1
@@ -180,6 +209,7 @@ __device__ void update_window(const UnmaskParams& p, const Segment& rows, const 
   if (threadIdx.x > 0) return;
   if (slides) state.block_start[rows.slot] = rules.block_start + length;
   state.denoise_step[rows.slot] = slides ? 0 : rules.denoise_step + 1;
+  state.ended[rows.slot] = ended;
   p.num_fresh[rows.slot] = num_fresh;
   p.num_masked[rows.slot] = num_masked;
 }

@@ -26,29 +26,24 @@ struct DecodeStateArrays {
         entropy_bound(num_slots, 0.3f),
         denoising_steps(num_slots, block_length),
         strategy(num_slots, kLowConfidenceDynamic),
-        seed(num_slots) {
+        seed(num_slots),
+        first_output(num_slots),
+        end_position(num_slots, 1 << 30),
+        stop_token_ids(num_slots * kMaxStopTokens, -1),
+        ended(num_slots) {
     for (int slot = 0; slot < num_slots; ++slot) {
       for (int i = 0; i < block_length; ++i) status[first(slot) + i] = kCached;
     }
   }
 
   DecodeState view() {
-    return {block_start.data(),
-            tokens.data(),
-            status.data(),
-            denoise_step.data(),
-            page_table.data(),
-            temperature.data(),
-            top_k.data(),
-            top_p.data(),
-            confidence_threshold.data(),
-            entropy_bound.data(),
-            denoising_steps.data(),
-            strategy.data(),
-            seed.data(),
-            num_slots,
-            block_length,
-            page_table_stride};
+    return {block_start.data(),    tokens.data(),          status.data(),
+            denoise_step.data(),   page_table.data(),      temperature.data(),
+            top_k.data(),          top_p.data(),           confidence_threshold.data(),
+            entropy_bound.data(),  denoising_steps.data(), strategy.data(),
+            seed.data(),           first_output.data(),    end_position.data(),
+            stop_token_ids.data(), ended.data(),           num_slots,
+            block_length,          page_table_stride};
   }
 
   // Where a slot's window starts in `tokens` and `status`.
@@ -66,6 +61,8 @@ struct DecodeStateArrays {
   std::vector<int32_t> denoising_steps;
   std::vector<uint8_t> strategy;
   std::vector<uint64_t> seed;
+  std::vector<int32_t> first_output, end_position, stop_token_ids;
+  std::vector<uint8_t> ended;
 };
 
 inline bool is_known(uint8_t status) { return status == kFresh || status == kCached; }

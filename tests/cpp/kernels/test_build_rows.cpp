@@ -200,9 +200,10 @@ void check(Problem problem) {
   size_t num_rows = 0;
   for (const Sequence& seq : problem.seqs) {
     bool is_ar = problem.mode == RowMode::ar;
-    expected.push_back(!seq.prompt.empty() ? expected_prefill(problem, seq)
-                       : is_ar             ? expected_ar(problem, seq, after)
-                                           : expected_decode(problem, seq, after));
+    expected.push_back(!seq.prompt.empty()             ? expected_prefill(problem, seq)
+                       : problem.state.ended[seq.slot] ? std::vector<Row>()
+                       : is_ar                         ? expected_ar(problem, seq, after)
+                                                       : expected_decode(problem, seq, after));
     num_rows += expected.back().size();
   }
   const int stride = problem.state.page_table_stride;
@@ -241,6 +242,7 @@ Problem make_problem(Rng& rng, RowMode mode, int num_slots, int block_length, in
   problem.state.page_table = random_permutation(rng, num_slots * stride);
   for (int slot = 0; slot < num_slots; ++slot) {
     problem.state.block_start[slot] = random_int(rng, 1, kNumBlocks - 1) * block_length;
+    problem.state.ended[slot] = num_slots > 1 && random_int(rng, 0, 5) == 0;
   }
   return problem;
 }

@@ -13,6 +13,7 @@ TEST(OpenWindows, KnownTokensAreFreshAndTheRestIsMasked) {
   std::fill(arrays.tokens.begin(), arrays.tokens.end(), 9);
   std::fill(arrays.status.begin(), arrays.status.end(), uint8_t(kPresent));
   arrays.denoise_step = {5, 5, 5};
+  arrays.ended = {1, 1, 1};
   const DecodeStateArrays before = arrays;
   const std::vector<int32_t> slots = {2, 0}, starts = {8, 12}, num_fresh = {3, 0},
                              tokens = {41, 42, 43, -7, -7, -7, -7, -7};
@@ -32,6 +33,7 @@ TEST(OpenWindows, KnownTokensAreFreshAndTheRestIsMasked) {
   EXPECT_EQ(window(arrays.status, 1), window(before.status, 1));
   EXPECT_EQ(arrays.block_start, (std::vector<int32_t>{12, before.block_start[1], 8}));
   EXPECT_EQ(arrays.denoise_step, (std::vector<int32_t>{0, 5, 0}));
+  EXPECT_EQ(arrays.ended, (std::vector<uint8_t>{0, 1, 0}));
 }
 
 TEST(OpenWindows, ArFeedsTheTokenBefore) {

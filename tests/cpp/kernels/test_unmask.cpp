@@ -1,5 +1,7 @@
 // unmask's decisions: every strategy against an obvious rule over random confidences and windows,
 // quotas, ties, the strict threshold, and the window that slides when its block has no mask left.
+#include <map>
+
 #include "kernels/unmask_call.h"
 
 namespace optimus {
@@ -259,6 +261,50 @@ TEST(Unmask, FinishedBlockBecomesThePreviousOne) {
   EXPECT_EQ(call.state.denoise_step[0], 0);
   EXPECT_EQ(call.num_fresh[0], 3);
   EXPECT_EQ(call.num_masked[0], 4);
+}
+
+// A request is done when a stop token, or its last one, is known and nothing before is masked.
+TEST(Unmask, NotesWhichRequestsHaveEnded) {
+  constexpr int kVocabSize = 6;
+  Rng rng(11);
+  int num_ended = 0, num_trials = 3000;
+  for (int trial = 0; trial < num_trials; ++trial) {
+    const int length = random_int(rng, 1, 6);
+    UnmaskCall call(DType::float32, 1, length, kVocabSize);
+    DecodeStateArrays& state = call.state;
+    const int start = state.block_start[0], current = state.current(0);
+    const std::vector<uint8_t> status = random_block(rng, length);
+    std::map<int, int> known;  // position -> token
+    for (int i = 0; i < length; ++i) {
+      state.status[current + i] = status[i];
+      if (is_masked(status[i])) call.add_rows(0, {i});
+      if (is_known(status[i])) {
+        state.tokens[current + i] = known[start + i] = random_int(rng, 0, kVocabSize - 1);
+      }
+    }
+    state.first_output[0] = start + random_int(rng, -2, length - 1);
+    state.end_position[0] = state.first_output[0] + random_int(rng, 1, 2 * length);
+    state.ended[0] = random_int(rng, 0, 1);
+    std::set<int> stops;
+    while (random_int(rng, 0, 2) > 0 && static_cast<int>(stops.size()) < 3) {
+      stops.insert(random_int(rng, 0, kVocabSize - 1));
+    }
+    std::copy(stops.begin(), stops.end(), state.stop_token_ids.begin() + random_int(rng, 0, 4));
+    state.confidence_threshold[0] = 0.3f;
+    call.set_random_logits(rng, 2.0f);
+    call.run();
+
+    for (int i : committed_rows(call)) known[start + call.logit_offsets[i]] = call.token_ids[i];
+    bool ended = false;
+    for (int position = start; known.count(position); ++position) {
+      if (position < state.first_output[0]) continue;
+      ended |= stops.count(known[position]) > 0 || position + 1 >= state.end_position[0];
+    }
+    ASSERT_EQ(call.state.ended[0], ended) << "trial " << trial;
+    num_ended += ended;
+  }
+  EXPECT_GT(num_ended, num_trials / 10);
+  EXPECT_LT(num_ended, num_trials * 9 / 10);
 }
 
 TEST(Unmask, PaddingRowsAreNotLookedAt) {

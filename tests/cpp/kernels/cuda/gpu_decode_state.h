@@ -22,15 +22,20 @@ class GpuDecodeState {
         entropy_bound_(upload(host.entropy_bound)),
         denoising_steps_(upload(host.denoising_steps)),
         strategy_(upload(host.strategy)),
-        seed_(upload(host.seed)) {}
+        seed_(upload(host.seed)),
+        first_output_(upload(host.first_output)),
+        end_position_(upload(host.end_position)),
+        stop_token_ids_(upload(host.stop_token_ids)),
+        ended_(upload(host.ended)) {}
 
   DecodeState view() {
     return {block_start_.data(),    tokens_.data(),          status_.data(),
             denoise_step_.data(),   page_table_.data(),      temperature_.data(),
             top_k_.data(),          top_p_.data(),           confidence_threshold_.data(),
             entropy_bound_.data(),  denoising_steps_.data(), strategy_.data(),
-            seed_.data(),           host_.num_slots,         host_.block_length,
-            host_.page_table_stride};
+            seed_.data(),           first_output_.data(),    end_position_.data(),
+            stop_token_ids_.data(), ended_.data(),           host_.num_slots,
+            host_.block_length,     host_.page_table_stride};
   }
 
   void expect_same(const DecodeStateArrays& expected) {
@@ -39,6 +44,7 @@ class GpuDecodeState {
     EXPECT_EQ(download(status_), expected.status);
     EXPECT_EQ(download(denoise_step_), expected.denoise_step);
     EXPECT_EQ(download(page_table_), expected.page_table);
+    EXPECT_EQ(download(ended_), expected.ended);
   }
 
  private:
@@ -52,6 +58,8 @@ class GpuDecodeState {
   DeviceBuffer<int32_t> denoising_steps_;
   DeviceBuffer<uint8_t> strategy_;
   DeviceBuffer<uint64_t> seed_;
+  DeviceBuffer<int32_t> first_output_, end_position_, stop_token_ids_;
+  DeviceBuffer<uint8_t> ended_;
 };
 
 }  // namespace optimus::testing

@@ -44,6 +44,7 @@ DecodeStateArrays random_state(Rng& rng, const BatchShape& shape, int num_slots)
   state.page_table = random_permutation(rng, num_slots * stride);
   for (int slot = 0; slot < num_slots; ++slot) {
     state.block_start[slot] = random_int(rng, 1, kNumBlocks - 1) * shape.block_length;
+    state.ended[slot] = random_int(rng, 0, 5) == 0;
     auto current = random_block(rng, shape.block_length);
     for (int i = 0; i < shape.block_length; ++i) {
       state.status[state.first(slot) + i] = random_int(rng, 0, 3) == 0 ? kFresh : kCached;

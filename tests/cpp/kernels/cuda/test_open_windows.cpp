@@ -16,6 +16,7 @@ TEST_F(CudaOpenWindows, IsItsCpuTwin) {
     for (int32_t& token : expected.tokens) token = random_int(rng, 0, 99);
     for (uint8_t& status : expected.status) status = static_cast<uint8_t>(random_int(rng, 0, 3));
     for (int32_t& step : expected.denoise_step) step = random_int(rng, 1, 9);
+    for (uint8_t& ended : expected.ended) ended = 1;
     GpuDecodeState actual(expected);
 
     const std::vector<int32_t> slots = {4, 0, 5}, starts = {3 * length, length, 7 * length};

@@ -88,6 +88,14 @@ UnmaskCall random_call(Rng& rng, DType dtype, int num_slots, int block_length, i
     state.denoise_step[slot] = random_int(rng, 0, block_length);
     state.block_start[slot] = block_length * random_int(rng, 1, 9);
     state.seed[slot] = rng();
+    state.first_output[slot] = state.block_start[slot] + random_int(rng, -9, block_length / 2);
+    state.end_position[slot] = state.block_start[slot] + random_int(rng, 1, 4 * block_length);
+    for (int k = random_int(rng, 0, kMaxStopTokens); k > 0; --k) {  // of few, so that some are met
+      state.stop_token_ids[slot * kMaxStopTokens + k - 1] =
+          random_int(rng, 0, 1) ? random_int(rng, 0, vocab_size - 1)
+                                : 100 + random_int(rng, 0, block_length - 1);
+    }
+    state.ended[slot] = random_int(rng, 0, 1);
     std::vector<uint8_t> status = random_block(rng, block_length);
     std::vector<int> masks;
     for (int i = 0; i < block_length; ++i) {
