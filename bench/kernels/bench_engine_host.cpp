@@ -64,9 +64,8 @@ class Loop {
 
   Times step() {
     run();
-    const StepResult result = buffers_.result();
+    const StepResult result = buffers_.result(buffers_.num_rows(), buffers_.num_logit_rows());
     now_s_ += 1e-3 * kStepMs;
-    core_.prefetch();
     const double begin = now_us();
     core_.apply(result, kStepMs, now_s_);
     const double applied = now_us();

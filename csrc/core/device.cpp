@@ -164,15 +164,24 @@ void Stream::copy_strided(void* to, const void* from, size_t stride, size_t byte
 void Stream::synchronize() {
   if (device_ == Device::cuda) OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream_of(handle_)));
 }
-bool Stream::is_done() {
-  if (device_ == Device::cpu) return true;
-  const cudaError_t status = cudaStreamQuery(stream_of(handle_));
-  if (status == cudaErrorNotReady) {
-    static_cast<void>(cudaGetLastError());  // no error of anybody's
-    return false;
-  }
-  OPTIMUS_CUDA_CHECK(status);
-  return true;
+StreamMark::StreamMark(Device device) {
+  if (device == Device::cpu) return;
+  cudaEvent_t event = nullptr;
+  OPTIMUS_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  event_ = event;
+}
+
+StreamMark::~StreamMark() {
+  if (event_ != nullptr) static_cast<void>(cudaEventDestroy(event_of(event_)));
+}
+
+void StreamMark::set(Stream& stream) {
+  if (event_ == nullptr) return;
+  OPTIMUS_CUDA_CHECK(cudaEventRecord(event_of(event_), stream_of(stream.handle())));
+}
+
+void StreamMark::wait() {
+  if (event_ != nullptr) OPTIMUS_CUDA_CHECK(cudaEventSynchronize(event_of(event_)));
 }
 
 StreamTimer::StreamTimer(Device device) {
@@ -272,7 +281,13 @@ void Stream::copy_strided(void* to, const void* from, size_t stride, size_t byte
   copy_on_host(to, stride, from, stride, bytes, count);
 }
 void Stream::synchronize() {}
-bool Stream::is_done() { return true; }
+
+StreamMark::StreamMark(Device device) {
+  if (device != Device::cpu) throw_no_cuda();
+}
+StreamMark::~StreamMark() = default;
+void StreamMark::set(Stream&) {}
+void StreamMark::wait() {}
 
 StreamTimer::StreamTimer(Device device) {
   if (device != Device::cpu) throw_no_cuda();

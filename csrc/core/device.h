@@ -49,12 +49,25 @@ class Stream {
   // `count` pieces of `bytes`, `stride` bytes apart on both sides.
   void copy_strided(void* to, const void* from, size_t stride, size_t bytes, size_t count);
   void synchronize();
-  // Whether all that was started is done.
-  bool is_done();
 
  private:
   Device device_;
   void* handle_ = nullptr;
+};
+
+// A point in a stream that can be waited for while work behind it runs.
+class StreamMark {
+ public:
+  explicit StreamMark(Device device);
+  ~StreamMark();
+  StreamMark(const StreamMark&) = delete;
+  StreamMark& operator=(const StreamMark&) = delete;
+
+  void set(Stream& stream);
+  void wait();  // until the stream has come to where it was set last
+
+ private:
+  void* event_ = nullptr;  // a cudaEvent_t
 };
 
 // Measures the time that a stream takes from one point to another, whatever the host does meanwhile.

@@ -37,6 +37,9 @@ struct EngineConfig {
   int step_log_size = 4096;  // steps remembered
   std::vector<int32_t> eos_token_ids;
   bool shuffle_pages = false;  // hand pages out in random order (tests)
+  // Plan the next step before the results of the one in progress are known, so that the device never
+  // waits for the host. Not with elastic_per_request, which goes by the last step's confidences.
+  bool async_scheduling = false;
 
   // Pages a request of this many tokens needs at its longest.
   int pages_for(int num_tokens) const {
@@ -62,26 +65,36 @@ void validate(const EngineConfig& config);
 
 // One request's part of a step: a prompt slice, or decode rows.
 struct SeqPlan {
-  Request* request = nullptr;
-  int prefill_len = 0;   // > 0: prompt (or recomputed) positions from request->num_computed
-  int chunk_length = 0;  // masks to evaluate
-  bool refresh = false;  // feed the whole previous block
+  Request* request = nullptr;  // null: it has ended since
+  int slot = -1;
+  int prefill_start = 0, prefill_len = 0;  // > 0: prompt (or recomputed) positions
+  int chunk_length = 0;                    // masks to evaluate
+  bool refresh = false;                    // feed the whole previous block, if it is not cached yet
+  bool needs_refresh = false;              // its block must be refreshed when it is done
 };
 
 struct StepPlan {
   std::vector<SeqPlan> seqs;
-  int num_rows = 0;  // exactly
+  // Made while a step is in progress whose results decide how many rows this one has: its counts are
+  // estimates, as if requests stood where that step found them.
+  bool is_ahead = false;
+  int num_rows = 0;
+  int most_rows = 0;  // at most; without is_ahead exactly num_rows
   int prefill_rows = 0;
   int refresh_rows = 0;
   int num_decoding = 0;
   int64_t kv_tokens = 0;
-  double predicted_ms = 0;  // 0 = no profile
-  ChunkDecision decision;   // of the decode rows
+  double predicted_ms = 0;        // 0 = no profile
+  ChunkDecision decision;         // of the decode rows
+  double planned_s = 0;           // engine clock
+  std::vector<ArmEstimate> arms;  // what an elastic policy compared
 
   StepLoad load() const { return {num_rows, prefill_rows, kv_tokens}; }
   void clear() {
     seqs.clear();
-    num_rows = prefill_rows = refresh_rows = num_decoding = 0;
+    arms.clear();
+    is_ahead = false;
+    num_rows = most_rows = prefill_rows = refresh_rows = num_decoding = 0;
     kv_tokens = 0;
     predicted_ms = 0;
     decision = {};
@@ -109,6 +122,7 @@ struct StepRecord {
   double forward_ms = 0, step_ms = 0;
   HostTimes host;  // all 0 without an engine
   bool meets_target = true;
+  bool is_ahead = false;  // planned before the results of the step before were known
   std::string reason;
   std::vector<ArmEstimate> arms;  // what an elastic policy compared
 };

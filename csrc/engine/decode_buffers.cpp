@@ -4,9 +4,34 @@
 
 namespace optimus {
 
+void KeptResult::keep(const StepResult& result, int num_slots) {
+  const auto keep = [](auto& to, const auto* from, int count) { to.assign(from, from + count); };
+  const int rows = result.num_logit_rows;
+  keep(logit_slots_, result.logit_slots, rows);
+  keep(logit_offsets_, result.logit_offsets, rows);
+  keep(token_ids_, result.candidates.token_ids, rows);
+  keep(confidence_, result.candidates.confidence, rows);
+  keep(logprob_, result.candidates.logprob, rows);
+  keep(committed_, result.candidates.committed, rows);
+  keep(block_start_, result.block_start, num_slots);
+  keep(num_fresh_, result.num_fresh, num_slots);
+  keep(num_masked_, result.num_masked, num_slots);
+  num_rows_ = result.num_rows;
+}
+
+StepResult KeptResult::view() {
+  const Candidates candidates = {token_ids_.data(), confidence_.data(), logprob_.data(), nullptr,
+                                 committed_.data()};
+  return {logit_slots_.data(), logit_offsets_.data(),
+          candidates,          block_start_.data(),
+          num_fresh_.data(),   num_masked_.data(),
+          num_rows_,           static_cast<int>(logit_slots_.size())};
+}
+
 DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, Device device)
     : config_(config),
       plan_(device),
+      counts_array_(device),
       results_(device),
       row_results_(device, config.max_num_batched_rows) {
   const size_t slots = config.max_num_seqs, rows = config.max_num_batched_rows;
@@ -24,7 +49,8 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
   mirror(plan_, rows, prefill_tokens_);
   plan_.allocate();
   std::fill_n(denoising_steps_.host, slots, 1);  // slots that nobody had are timed too
-  mirror(results_, 2, counts_);
+  mirror(counts_array_, 2, counts_);
+  counts_array_.allocate();
   mirror(results_, slots, block_start_, num_fresh_, num_masked_);
   results_.allocate();
   const auto mirror_rows = [this](auto&... mirrored) { (row_results_.add(mirrored), ...); };
@@ -94,31 +120,33 @@ void DecodeBuffers::open_window(const Request& request) {
   write_sampling(request);
 }
 
+// A step in flight may begin a new block, with nothing but masks.
+int DecodeBuffers::most_masks(const Request& request, int chunk_length) const {
+  const bool is_known = request.in_flight.num_steps <= 1;  // this step itself
+  const int masks = is_known ? request.num_masked : config_.grid();
+  return config_.row_mode() == RowMode::chunk ? std::min(chunk_length, masks) : masks;
+}
+
 void DecodeBuffers::write_plan(const StepPlan& plan) {
-  const RowMode mode = config_.row_mode();
   int num_prefill_tokens = 0;
-  num_openings_ = planned_logit_rows_ = 0;
+  num_openings_ = most_logit_rows_ = 0;
   num_seqs_ = static_cast<int>(plan.seqs.size());
-  planned_rows_ = plan.num_rows;
   for (int s = 0; s < num_seqs_; ++s) {
     const SeqPlan& seq = plan.seqs[s];
     Request& request = *seq.request;
     if (seq.prefill_len == 0) {
       if (!request.window_open) open_window(request);
       request.window_open = true;
-      planned_logit_rows_ += mode == RowMode::ar ? 1
-                             : mode == RowMode::block
-                                 ? request.num_masked
-                                 : std::min(seq.chunk_length, request.num_masked);
+      most_logit_rows_ += most_masks(request, seq.chunk_length);
     }
     slots_.host[s] = request.slot;
     chunk_lengths_.host[s] = seq.chunk_length;
     refresh_.host[s] = seq.refresh;
     prefill_lens_.host[s] = seq.prefill_len;
-    prefill_starts_.host[s] = request.num_computed;
+    prefill_starts_.host[s] = seq.prefill_start;
     prefill_offsets_.host[s] = num_prefill_tokens;
     for (int i = 0; i < seq.prefill_len; ++i) {
-      prefill_tokens_.host[num_prefill_tokens++] = request.token_at(request.num_computed + i);
+      prefill_tokens_.host[num_prefill_tokens++] = request.token_at(seq.prefill_start + i);
     }
     std::copy(request.pages.begin(), request.pages.end(),
               page_table_.host + size_t(request.slot) * state_.page_table_stride);
@@ -177,11 +205,11 @@ UnmaskParams DecodeBuffers::unmask_params(const void* logits, const ModelConfig&
           counts_.device + 1};
 }
 
-StepResult DecodeBuffers::result() const {
+StepResult DecodeBuffers::result(int num_rows, int num_logit_rows) const {
   const Candidates candidates = {candidate_ids_.host, candidate_confidence_.host,
                                  candidate_logprob_.host, nullptr, candidate_committed_.host};
   return {logit_slots_.host, logit_offsets_.host, candidates, block_start_.host,
-          num_fresh_.host,   num_masked_.host,    num_rows(), num_logit_rows()};
+          num_fresh_.host,   num_masked_.host,    num_rows,   num_logit_rows};
 }
 
 void DecodeBuffers::write_rows(const HostRows& rows) {
@@ -206,8 +234,8 @@ void DecodeBuffers::write_rows(const HostRows& rows) {
 }
 
 size_t DecodeBuffers::bytes() const {
-  size_t total = plan_.bytes() + results_.bytes() + row_results_.bytes() + window_status_.bytes() +
-                 ended_.bytes() + candidate_entropy_.bytes();
+  size_t total = plan_.bytes() + counts_array_.bytes() + results_.bytes() + row_results_.bytes() +
+                 window_status_.bytes() + ended_.bytes() + candidate_entropy_.bytes();
   for (const Buffer<int32_t>* buffer :
        {&window_tokens_, &denoise_step_, &token_ids_, &positions_, &kv_limits_, &kv_slots_,
         &cu_seqlens_q_, &seq_page_table_, &logit_rows_}) {

@@ -12,7 +12,7 @@
 
 namespace optimus {
 
-// Views into the buffers of a finished step, valid until the next one. On the host.
+// What came of a finished step, on the host: views into buffers that the next step writes.
 struct StepResult {
   const int32_t* logit_slots;    // [num_logit_rows]
   const int32_t* logit_offsets;  // [num_logit_rows] position - block_start, before the step
@@ -21,6 +21,20 @@ struct StepResult {
   const int32_t* num_fresh;      // [num_slots] after the step
   const int32_t* num_masked;     // [num_slots] after the step
   int num_rows, num_logit_rows;
+};
+
+// A StepResult that stays.
+class KeptResult {
+ public:
+  void keep(const StepResult& result, int num_slots);
+  StepResult view();
+
+ private:
+  std::vector<int32_t> logit_slots_, logit_offsets_, token_ids_, block_start_, num_fresh_,
+      num_masked_;
+  std::vector<float> confidence_, logprob_;
+  std::vector<uint8_t> committed_;
+  int num_rows_ = 0;
 };
 
 // Rows written down by the host, for steps that no plan made.
@@ -45,12 +59,14 @@ class DecodeBuffers {
                                     int pad_seqs_to = 0) const;
   // unmask of the rows that build_rows made, without a workspace; `num_logit_rows` with padding.
   UnmaskParams unmask_params(const void* logits, const ModelConfig& model, int num_logit_rows);
-  void download(Stream& stream) {
+  // How many rows, and logits rows, build_rows made.
+  void download_counts(Stream& stream) { counts_array_.download(stream); }
+  void download(Stream& stream, int num_logit_rows) {
     results_.download(stream);
-    row_results_.download(stream, planned_logit_rows_);
+    row_results_.download(stream, num_logit_rows);
   }
   // Of the downloaded step. Candidates have no entropy.
-  StepResult result() const;
+  StepResult result(int num_rows, int num_logit_rows) const;
 
   void write_rows(const HostRows& rows);
 
@@ -58,10 +74,10 @@ class DecodeBuffers {
   const DecodeState& state() const { return state_; }
   const StepRows& rows() const { return rows_; }
   const Candidates& candidates() const { return candidates_; }
-  // Of the plan, exactly; the device's own counts come with the results.
-  int planned_rows() const { return planned_rows_; }
-  int planned_logit_rows() const { return planned_logit_rows_; }
+  // Of the plan: logits rows at most; if it is not ahead, exactly.
+  int most_logit_rows() const { return most_logit_rows_; }
   int num_openings() const { return num_openings_; }
+  // As downloaded.
   int num_rows() const { return counts_.host[0]; }
   int num_logit_rows() const { return counts_.host[1]; }
   size_t bytes() const;
@@ -69,9 +85,10 @@ class DecodeBuffers {
  private:
   void open_window(const Request& request);
   void write_sampling(const Request& request);
+  int most_masks(const Request& request, int chunk_length) const;
 
   EngineConfig config_;
-  int num_seqs_ = 0, num_openings_ = 0, planned_rows_ = 0, planned_logit_rows_ = 0;
+  int num_seqs_ = 0, num_openings_ = 0, most_logit_rows_ = 0;
 
   // Host to device. The plan as build_rows reads it [max_num_seqs], [max_rows]; windows to open
   // [max_num_seqs]; and those fields of the state that the host alone writes [num_slots]. At the end,
@@ -88,8 +105,8 @@ class DecodeBuffers {
   Mirrored<uint64_t> seed_;
   Mirrored<int32_t> first_output_, end_position_, stop_token_ids_;
 
-  // Device to host [num_slots], [max_rows].
-  MirroredArrays results_;
+  // Device to host [2], [num_slots], [max_rows].
+  MirroredArrays counts_array_, results_;
   MirroredRows row_results_;
   Mirrored<int32_t> counts_, block_start_, num_fresh_, num_masked_, logit_slots_, logit_offsets_,
       candidate_ids_;

@@ -61,61 +61,52 @@ bool Engine::start_step() {
   if (plan.seqs.empty()) return false;
   const double planned = now_s();
   runner_.start(plan);
-  host_ = {ms_between(begin, planned), ms_between(planned, now_s()), 0, 0};
-  is_started_ = true;
+  host_[num_started_++] = {ms_between(begin, planned), ms_between(planned, now_s()), 0, 0};
   return true;
 }
 
 void Engine::finish_step() {
   const double begin = now_s();
-  // Again and again, or a long step finds what is needed at its end out of the caches.
-  while (!runner_.is_done()) core_.prefetch();
   const StepResult result = runner_.finish();
   const double done = now_s();
-  is_started_ = false;
   core_.apply(result, runner_.step_ms(), done);
-  host_.wait_ms = ms_between(begin, done);
-  host_.apply_ms = ms_between(done, now_s());
-  core_.note_host(host_);
+  host_[0].wait_ms = ms_between(begin, done);
+  host_[0].apply_ms = ms_between(done, now_s());
+  core_.note_host(host_[0]);
+  host_[0] = host_[1];
+  --num_started_;
 }
 
 StepOutput Engine::step() {
-  const bool keeps_ahead = runner_.device() == Device::cuda;
-  std::optional<StepOutput> settled = std::exchange(settled_, std::nullopt);
-  if (!settled.has_value()) {
-    if (!is_started_ && !start_step()) return {};
-    finish_step();
-  }
-  if (keeps_ahead && core_.has_unfinished()) start_step();
-  return settled.has_value() ? std::move(*settled) : core_.report();
+  if (num_started_ == 0 && !start_step()) return {};
+  if (config().async_scheduling) start_step();
+  finish_step();
+  drop_void_step();
+  const bool keeps_busy = runner_.device() == Device::cuda;
+  if (keeps_busy && num_started_ == 0 && core_.has_unfinished()) start_step();
+  return core_.report();
 }
 
-// No step is on the device after it, so that requests may go.
-void Engine::settle() {
-  if (!is_started_) return;
-  finish_step();
-  settled_ = core_.report();
+// The step in progress, if nobody is left whom it is for.
+void Engine::drop_void_step() {
+  if (num_started_ == 0 || !core_.is_void()) return;
+  runner_.finish();
+  core_.drop_plan();
+  host_[0] = host_[1];
+  --num_started_;
 }
 
 void Engine::stop_request(uint64_t id, int num_tokens) {
-  settle();
   core_.stop_request(id, num_tokens, now_s());
+  drop_void_step();
 }
 
 void Engine::abort(uint64_t id) {
-  settle();
   core_.abort(id, now_s());
+  drop_void_step();
 }
 
-void Engine::release(uint64_t id) {
-  core_.release(id);
-  if (!settled_.has_value()) return;
-  std::vector<RequestUpdate>& updates = settled_->updates;
-  updates.erase(std::remove_if(updates.begin(), updates.end(),
-                               [id](const RequestUpdate& update) { return update.id == id; }),
-                updates.end());
-  if (updates.empty()) settled_.reset();
-}
+void Engine::release(uint64_t id) { core_.release(id); }
 
 // Pages of nobody's, to write rows to and read contexts from.
 class Engine::ProfilePages {

@@ -1,12 +1,12 @@
 // The engine: requests in, tokens out. step() = plan, run, update.
 //
 // On CUDA the device works while the caller deals with a step's output: step() returns with the next
-// step started. What is added then waits for the step after it; what ends a request waits for the
-// started step first, whose output the next step() returns.
+// step started. What is added then waits for the step after it; what is ended then has its rows in it,
+// for nothing. With async_scheduling the step after that is planned first of all, so that the device has
+// its rows before the host has seen what the one in progress commits.
 #pragma once
 
 #include <memory>
-#include <optional>
 
 #include "engine/engine_core.h"
 #include "engine/runner.h"
@@ -25,7 +25,7 @@ class Engine {
   uint64_t add_request(std::vector<int32_t> prompt, SamplingParams params);
   StepOutput step();
   // Whether there is something left to step() for.
-  bool has_unfinished() const { return core_.has_unfinished() || settled_.has_value(); }
+  bool has_unfinished() const { return core_.has_unfinished(); }
   const Request& request(uint64_t id) const { return core_.request(id); }
   // Ends a request after `num_tokens` output tokens: the caller found a stop string there.
   void stop_request(uint64_t id, int num_tokens);
@@ -53,9 +53,9 @@ class Engine {
 
  private:
   class ProfilePages;
-  bool start_step();   // false: nothing to do
+  bool start_step();   // false: nothing to do, or not before the step in progress is done
   void finish_step();  // to core_.report()
-  void settle();
+  void drop_void_step();
   std::vector<int> profile_rows() const;
   double median_ms(int rows, int num_seqs, int context, bool with_logits, int repeats,
                    const std::vector<int32_t>& pages);
@@ -63,9 +63,8 @@ class Engine {
   std::shared_ptr<const Model> model_;
   Runner runner_;  // before core_: it knows how many pages there are
   EngineCore core_;
-  HostTimes host_;                     // of the step in progress
-  bool is_started_ = false;            // a step is on the device
-  std::optional<StepOutput> settled_;  // of a step that was waited for outside of step()
+  HostTimes host_[2];    // of the steps that are started
+  int num_started_ = 0;  // and not finished
 };
 
 }  // namespace optimus

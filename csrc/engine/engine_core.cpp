@@ -67,37 +67,90 @@ double EngineCore::advance_clock(double now_s) {
 }
 
 const StepPlan& EngineCore::plan(double now_s) {
-  plan_s_ = advance_clock(now_s);
-  plan_ = &scheduler_.plan(plan_s_, latency_, commits_);
-  if (plan_->seqs.empty()) last_end_s_ = -1;
-  return *plan_;
+  OPTIMUS_INVARIANT(num_planned_ < 2, "a plan ahead of a plan that is ahead");
+  const double planned_s = advance_clock(now_s);
+  const StepPlan& next = scheduler_.plan(planned_s, latency_, commits_, num_planned_ > 0);
+  if (next.seqs.empty()) {
+    if (num_planned_ == 0) last_end_s_ = -1;
+    return next;
+  }
+  StepPlan& plan = plans_[num_planned_++];
+  plan = next;
+  plan.planned_s = planned_s;
+  if (plan.num_decoding > 0) plan.arms = scheduler_.policy().arms();
+  for (const SeqPlan& seq : plan.seqs) {
+    if (seq.prefill_len > 0) continue;
+    Request::InFlight& in_flight = seq.request->in_flight;
+    in_flight = {in_flight.num_steps + 1, seq.chunk_length, seq.needs_refresh};
+  }
+  return plan;
 }
 
 void EngineCore::apply(const StepResult& result, double forward_ms, double now_s) {
-  OPTIMUS_INVARIANT(plan_ != nullptr && !plan_->seqs.empty(), "update without a plan");
+  OPTIMUS_INVARIANT(num_planned_ > 0, "update without a plan");
+  const StepPlan& plan = plans_[0];
   advance_clock(now_s);
   changes_.clear();
   new_commits_.clear();
   observations_.clear();
   record_ = {};
-  int logit_row = 0;
-  for (const SeqPlan& seq : plan_->seqs) {
+  count_rows(plan, result);
+  int row = 0;
+  for (const SeqPlan& seq : plan.seqs) {
     if (seq.prefill_len > 0) {
-      update_prefill(seq);
-    } else {
-      logit_row += update_decode(seq, result, logit_row);
+      if (seq.request != nullptr) update_prefill(seq);
+      continue;
     }
+    const int first = row;
+    while (row < result.num_logit_rows && result.logit_slots[row] == seq.slot) ++row;
+    if (seq.request != nullptr) update_decode(seq, result, first, row);
   }
   record_.commits = static_cast<int>(new_commits_.size());
-  if (plan_->num_decoding > 0) {
+  if (plan.num_decoding > 0) {
     scheduler_.observe(record_.commits, forward_ms + latency_.overhead_ms());
   }
-  latency_.observe(plan_->load(), forward_ms);
+  latency_.observe({record_.rows, record_.prefill_rows, record_.kv_tokens}, forward_ms);
+  write_record(plan, result, forward_ms);
   // Steps that follow each other at once: what the forward does not explain is host work.
   if (last_end_s_ >= 0) latency_.observe_overhead((now_s_ - last_end_s_) * 1e3 - forward_ms);
   last_end_s_ = num_unfinished_ > 0 ? now_s_ : -1;
-  write_record(result, forward_ms, record_);
-  plan_ = nullptr;
+  drop_plan();
+}
+
+// Of the step that is applied, before it is: what it really had.
+void EngineCore::count_rows(const StepPlan& plan, const StepResult& result) {
+  int rows = 0;
+  bool all_there = true;
+  for (const SeqPlan& seq : plan.seqs) {
+    all_there &= seq.request != nullptr;
+    if (seq.prefill_len > 0) {
+      rows += seq.prefill_len;
+      record_.kv_tokens += seq.prefill_start + seq.prefill_len;
+    } else if (seq.request != nullptr) {
+      const int own = scheduler_.decode_rows(*seq.request, seq.chunk_length, seq.refresh);
+      rows += own;
+      record_.refresh_rows +=
+          own - scheduler_.decode_rows(*seq.request, seq.chunk_length, /*refresh=*/false);
+      record_.kv_tokens += scheduler_.window_end(*seq.request);
+    }
+  }
+  OPTIMUS_INVARIANT(!all_there || rows == result.num_rows, "a step of ", rows,
+                    " rows came back with ", result.num_rows);
+  record_.rows = result.num_rows;
+  record_.prefill_rows = plan.prefill_rows;
+  record_.logit_rows = result.num_logit_rows;
+}
+
+bool EngineCore::is_void() const {
+  const std::vector<SeqPlan>& seqs = plans_[0].seqs;
+  return num_planned_ > 0 && std::all_of(seqs.begin(), seqs.end(),
+                                         [](const SeqPlan& seq) { return seq.request == nullptr; });
+}
+
+void EngineCore::drop_plan() {
+  OPTIMUS_INVARIANT(num_planned_ > 0, "no plan to drop");
+  std::swap(plans_[0], plans_[1]);
+  --num_planned_;
 }
 
 StepOutput EngineCore::report() {
@@ -136,39 +189,14 @@ void EngineCore::learn() {
   commits_.advance(static_cast<int>(changes_.size()));
 }
 
-void EngineCore::prefetch() const {
-  constexpr size_t kLine = 64;
-  const auto fetch = [](const void* data, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += kLine) {
-      __builtin_prefetch(static_cast<const char*>(data) + i);
-    }
-  };
-  if (plan_ == nullptr) return;
-  fetch(changes_.data(), changes_.capacity() * sizeof(Change));
-  fetch(new_commits_.data(), new_commits_.capacity() * sizeof(Commit));
-  fetch(observations_.data(), observations_.capacity() * sizeof(CommitModel::Observation));
-  fetch(plan_->seqs.data(), plan_->seqs.size() * sizeof(SeqPlan));
-  for (const SeqPlan& seq : plan_->seqs) fetch(seq.request, sizeof(Request));
-  for (const SeqPlan& seq : plan_->seqs) {
-    const Request& request = *seq.request;
-    fetch(request.output.data() + request.num_known, 2 * kLine);
-    fetch(request.history.confidence.data(), 2 * kLine);
-    fetch(request.pages.data(), request.pages.size() * sizeof(int32_t));
-  }
-}
-
-void EngineCore::write_record(const StepResult& result, double forward_ms, StepRecord& record) {
-  const ChunkDecision& decision = plan_->decision;
+void EngineCore::write_record(const StepPlan& plan, const StepResult& result, double forward_ms) {
+  StepRecord& record = record_;
+  const ChunkDecision& decision = plan.decision;
   record.step = ++step_;
-  record.start_s = plan_s_;
-  record.rows = result.num_rows;
-  record.prefill_rows = plan_->prefill_rows;
-  record.refresh_rows = plan_->refresh_rows;
-  record.logit_rows = result.num_logit_rows;
-  record.num_seqs = static_cast<int>(plan_->seqs.size());
-  record.num_decoding = plan_->num_decoding;
+  record.start_s = std::max(plan.planned_s, last_end_s_);
+  record.num_seqs = static_cast<int>(plan.seqs.size());
+  record.num_decoding = static_cast<int>(changes_.size());
   record.num_waiting = scheduler_.num_waiting();
-  record.kv_tokens = plan_->kv_tokens;
   record.chunk_length = decision.chunk_length;
   record.refresh = decision.refresh;
   for (int i = 0; i < result.num_logit_rows;) {
@@ -178,13 +206,13 @@ void EngineCore::write_record(const StepResult& result, double forward_ms, StepR
     i = end;
   }
   record.expected_commits = decision.expected_commits;
-  record.predicted_ms = plan_->predicted_ms;
+  record.predicted_ms = plan.predicted_ms;
   record.forward_ms = forward_ms;
-  record.step_ms = (now_s_ - plan_s_) * 1e3;
+  record.step_ms = (now_s_ - record.start_s) * 1e3;
+  record.is_ahead = plan.is_ahead;
   record.meets_target = decision.meets_target;
   record.reason = decision.reason;
-  if (plan_->num_decoding == 0) return;
-  for (const ArmEstimate& arm : scheduler_.policy().arms()) {  // those that differ
+  for (const ArmEstimate& arm : plan.arms) {  // those that differ
     const bool is_known = std::any_of(record.arms.begin(), record.arms.end(), [&](const auto& a) {
       return a.chunk_length == arm.chunk_length && a.rows == arm.rows;
     });
@@ -194,23 +222,21 @@ void EngineCore::write_record(const StepResult& result, double forward_ms, StepR
 
 void EngineCore::update_prefill(const SeqPlan& seq) {
   Request& request = *seq.request;
-  request.num_computed += seq.prefill_len;
-  request.num_clean = request.num_computed;
+  request.num_clean = seq.prefill_start + seq.prefill_len;
   request.metrics.prefill_rows += seq.prefill_len;
   scheduler_.cache_clean_pages(&request);
-  if (request.num_computed == request.prefill_target) scheduler_.begin_decode(&request);
 }
 
-int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int first) {
+void EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int first, int last) {
   Request& request = *seq.request;
-  const int slot = request.slot, grid = config_.grid();
-  int last = first;
-  while (last < result.num_logit_rows && result.logit_slots[last] == slot) ++last;
+  const int slot = seq.slot, grid = config_.grid();
+  request.in_flight.num_steps -= 1;
   request.metrics.nfe += 1;
   request.metrics.decode_rows += scheduler_.decode_rows(request, seq.chunk_length, seq.refresh);
 
   // The step fed the previous block (ar: the last token) in a clean context: its KV is clean.
-  bool fed_clean = config_.decode_mode == DecodeMode::ar || seq.refresh;
+  const bool fed_clean =
+      config_.decode_mode == DecodeMode::ar || (seq.refresh && request.previous_block_pending);
   if (fed_clean && request.num_clean == request.block_start - grid) {
     request.num_clean = request.block_start;
     scheduler_.cache_clean_pages(&request);
@@ -246,7 +272,6 @@ int EngineCore::update_decode(const SeqPlan& seq, const StepResult& result, int 
   change.num_known = request.num_known;
   change.reason = reason;
   changes_.push_back(change);
-  return last - first;
 }
 
 bool EngineCore::has_usual_chunks() const {
@@ -285,6 +310,7 @@ void EngineCore::look_at(Request& request, const SeqPlan& seq, const StepResult&
     request.num_learned_commits += change.num_committed;
     request.last_chunk_length = seq.chunk_length;
   }
+  request.block_needs_refresh |= seq.needs_refresh;
   if (request.previous_block_pending) {  // a new block: how the last one ended still tells
     request.previous_needs_refresh = request.block_needs_refresh;
     request.block_needs_refresh = false;
@@ -328,12 +354,23 @@ FinishReason EngineCore::check_finished(Request& request) {
 
 int EngineCore::finish(Request& request, FinishReason reason) {
   scheduler_.remove(&request);
+  forget_in_flight(request);
   request.output.resize(std::min<size_t>(request.output.size(), request.num_known));
   request.status = RequestStatus::finished;
   request.finish_reason = reason;
   request.metrics.finish_s = now_s_;
   --num_unfinished_;
   return request.num_learned_commits - request.num_known;
+}
+
+// What steps in flight come to is nobody's business any more. They may run on: what they write comes
+// before what the next owner of the slot and the pages writes.
+void EngineCore::forget_in_flight(const Request& request) {
+  for (int i = 0; i < num_planned_; ++i) {
+    for (SeqPlan& seq : plans_[i].seqs) {
+      if (seq.request == &request) seq.request = nullptr;
+    }
+  }
 }
 
 void EngineCore::finish_at_once(Request& request, FinishReason reason) {

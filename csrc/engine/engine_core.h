@@ -20,9 +20,10 @@ class EngineCore {
 
   // Queues a request. Throws std::invalid_argument, and changes nothing, when it can never run.
   uint64_t add_request(std::vector<int32_t> prompt, SamplingParams params, double now_s);
-  // The next step; no sequences = nothing to do. Then either update() or another plan().
+  // The next step; no sequences = nothing to do. Then update(). Or, before that, a second plan, made
+  // ahead of what the first comes to; no sequences = it has to wait for that.
   const StepPlan& plan(double now_s);
-  // What came of the plan: `forward_ms` its run took, `now_s` when it was done.
+  // What came of the oldest plan: `forward_ms` its run took, `now_s` when it was done.
   StepOutput update(const StepResult& result, double forward_ms, double now_s) {
     apply(result, forward_ms, now_s);
     return report();
@@ -34,9 +35,9 @@ class EngineCore {
   StepOutput report();
   // Between apply() and report().
   void note_host(const HostTimes& host) { record_.host = host; }
-  // Brings what apply() and plan() will read back into the caches: since the plan was made, the
-  // caller's work has taken its place there.
-  void prefetch() const;
+  // Whether all requests of the oldest plan have ended since it was made; then it can be dropped.
+  bool is_void() const;
+  void drop_plan();
 
   bool has_unfinished() const { return num_unfinished_ > 0; }
   int num_unfinished() const { return num_unfinished_; }
@@ -71,8 +72,8 @@ class EngineCore {
   Request& find(uint64_t id, const char* what);
   double advance_clock(double now_s);
   void update_prefill(const SeqPlan& seq);
-  // Returns the number of logits rows of the sequence.
-  int update_decode(const SeqPlan& seq, const StepResult& result, int first_logit_row);
+  // With the sequence's logits rows [first, last).
+  void update_decode(const SeqPlan& seq, const StepResult& result, int first, int last);
   // Notes what became of the rows from `first` on, for the commit model, and what they said, for the
   // request; committed_rows_ are those that committed.
   void look_at(Request& request, const SeqPlan& seq, const StepResult& result, int first,
@@ -85,7 +86,9 @@ class EngineCore {
   // Returns how many of its commits nobody wanted.
   int finish(Request& request, FinishReason reason);
   void finish_at_once(Request& request, FinishReason reason);  // between steps
-  void write_record(const StepResult& result, double forward_ms, StepRecord& record);
+  void forget_in_flight(const Request& request);
+  void count_rows(const StepPlan& plan, const StepResult& result);
+  void write_record(const StepPlan& plan, const StepResult& result, double forward_ms);
 
   EngineConfig config_;
   int vocab_size_;
@@ -93,7 +96,8 @@ class EngineCore {
   LatencyModel latency_;
   CommitModel commits_;
   StepLog log_;
-  const StepPlan* plan_ = nullptr;  // of the step in progress
+  StepPlan plans_[2];    // of the step in progress, and of the one after it
+  int num_planned_ = 0;  // of plans_
   // Of the step between apply() and report().
   std::vector<Change> changes_;
   std::vector<Commit> new_commits_;                     // of all changes
@@ -104,7 +108,6 @@ class EngineCore {
   int num_unfinished_ = 0;
   uint64_t next_id_ = 1, step_ = 0;
   double now_s_ = 0;        // never falls, whatever the caller's clock does
-  double plan_s_ = 0;       // when the step in progress was planned
   double last_end_s_ = -1;  // when the last step ended; -1 = the engine was idle since
 };
 

@@ -61,8 +61,8 @@ struct Request {
 
   int slot = -1;
   std::vector<int32_t> pages;
-  int num_computed = 0;    // leading positions whose KV is in the pages
-  int num_clean = 0;       // of those, KV computed from real tokens in a clean context (cacheable)
+  int num_computed = 0;  // leading positions whose KV is in the pages, once planned steps are done
+  int num_clean = 0;     // of those, KV computed from real tokens in a clean context (cacheable)
   int prefill_target = 0;  // num_computed at which decoding starts
   int num_registered_pages = 0;
   // Decode window, as the last step left it.
@@ -80,6 +80,13 @@ struct Request {
   bool window_open = false;             // the slot's device state belongs to this request
   bool replays_block = false;           // preempted: outputs of the current block are decoded again
   uint64_t last_scheduled_step = 0;
+  // Steps with decode rows of it that are planned and not applied yet; what the last of them evaluates,
+  // and whether it asks for its block to be refreshed.
+  struct InFlight {
+    int num_steps = 0;
+    int chunk_length = 0;
+    bool needs_refresh = false;
+  } in_flight;
   RequestMetrics metrics;
 
   int prompt_len() const { return static_cast<int>(prompt.size()); }

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <optional>
+#include <utility>
 
 #include "core/check.h"
 
@@ -80,7 +80,8 @@ Runner::Runner(const Model& model, const EngineConfig& config)
       config_(config),
       threads_(model.device() == Device::cpu ? config.num_threads : 1),
       stream_(model.device()),
-      timer_(model.device()),
+      timers_{StreamTimer(model.device()), StreamTimer(model.device())},
+      counts_are_there_(model.device()),
       execution_{model.device(), &threads_, stream_.handle()},
       activations_(model.config(), config.max_num_batched_rows, config.max_num_seqs,
                    model.device()),
@@ -172,29 +173,66 @@ void Runner::launch(const Shape& shape) {
 }
 
 void Runner::start(const StepPlan& plan) {
+  OPTIMUS_INVARIANT(plan.is_ahead ? step_ && !ahead_ : !step_, "a step started out of turn");
   buffers_.write_plan(plan);
-  timer_.start(stream_);
+  const Step step{static_cast<int>(plan.seqs.size()), plan.most_rows, buffers_.most_logit_rows()};
+  timers_[plan.is_ahead ? 1 - turn_ : turn_].start(stream_);
   buffers_.upload(stream_);
   if (buffers_.num_openings() > 0) open_windows(buffers_.open_windows_params(), execution_);
-  const Shape shape = shape_of(buffers_.planned_rows(), static_cast<int>(plan.seqs.size()),
-                               buffers_.planned_logit_rows());
+  // As many as any graph of this many rows or fewer reads.
+  const int most_padded = padded_rows_.empty() || step.logit_rows == 0 ? 0 : padded_rows_.back();
+  const Shape shape = shape_of(std::min(step.rows, most_padded), step.seqs, step.logit_rows);
   const bool padded = shape.graph >= 0;
   build_rows(buffers_.build_rows_params(model_.config().mask_token_id, padded ? shape.rows : 0,
                                         padded ? shape.seqs : 0),
              execution_);
-  launch(shape);
-  buffers_.download(stream_);
-  timer_.stop(stream_);
+  buffers_.download_counts(stream_);
+  if (plan.is_ahead) {
+    counts_are_there_.set(stream_);
+    ahead_ = step;
+  } else {
+    step_ = step;
+    run(step);
+    fetch(step);
+  }
+}
+
+void Runner::run(const Step& step) {
+  if (step.rows > 0) launch(shape_of(step.rows, step.seqs, step.logit_rows));
+}
+
+// On the CPU the result is there.
+void Runner::fetch(const Step& step) {
+  buffers_.download(stream_, step.logit_rows);
+  timers_[turn_].stop(stream_);
+  if (device() == Device::cpu) keep(step, results_[turn_]);
+}
+
+void Runner::keep(const Step& step, KeptResult& result) {
+  result.keep(buffers_.result(step.rows, step.logit_rows), config_.max_num_seqs);
 }
 
 StepResult Runner::finish() {
-  stream_.synchronize();
-  OPTIMUS_INVARIANT(buffers_.num_rows() == buffers_.planned_rows() &&
-                        buffers_.num_logit_rows() == buffers_.planned_logit_rows(),
-                    "a step of ", buffers_.num_rows(), " rows, ", buffers_.num_logit_rows(),
-                    " of them with logits, was planned with ", buffers_.planned_rows(), " and ",
-                    buffers_.planned_logit_rows());
-  return buffers_.result();
+  OPTIMUS_INVARIANT(step_.has_value(), "no step to finish");
+  const Step done = *step_;
+  KeptResult& result = results_[turn_];
+  if (ahead_) {
+    counts_are_there_.wait();  // then so is the result
+    ahead_->rows = buffers_.num_rows();
+    ahead_->logit_rows = buffers_.num_logit_rows();
+  } else {
+    stream_.synchronize();
+    OPTIMUS_INVARIANT(
+        buffers_.num_rows() == done.rows && buffers_.num_logit_rows() == done.logit_rows,
+        "a step of ", buffers_.num_rows(), " rows, ", buffers_.num_logit_rows(),
+        " of them with logits, was planned with ", done.rows, " and ", done.logit_rows);
+  }
+  step_ = std::exchange(ahead_, std::nullopt);
+  turn_ = 1 - turn_;
+  if (step_) run(*step_);
+  if (device() == Device::cuda) keep(done, result);  // the next one's is not on its way yet
+  if (step_) fetch(*step_);
+  return result.view();
 }
 
 void Runner::check_rows(const std::vector<int32_t>& token_ids,
@@ -303,11 +341,12 @@ double Runner::time_forward(int num_rows, int num_seqs, int context, bool with_l
     }
   }
   buffers_.write_rows(step);
-  timer_.start(stream_);
+  StreamTimer& timer = timers_[turn_];
+  timer.start(stream_);
   launch(shape);
-  timer_.stop(stream_);
+  timer.stop(stream_);
   stream_.synchronize();
-  return timer_.ms();
+  return timer.ms();
 }
 
 double Runner::time_gemms(int rows, int repeats) {
@@ -317,12 +356,13 @@ double Runner::time_gemms(int rows, int repeats) {
   std::optional<Graph> graph;
   if (device() == Device::cuda) graph.emplace(stream_, run);
   std::vector<double> times;
+  StreamTimer& timer = timers_[turn_];
   for (int i = 0; i < repeats; ++i) {
-    timer_.start(stream_);
+    timer.start(stream_);
     graph ? graph->launch(stream_) : run();
-    timer_.stop(stream_);
+    timer.stop(stream_);
     stream_.synchronize();
-    times.push_back(timer_.ms());
+    times.push_back(timer.ms());
   }
   std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
   return times[repeats / 2];

@@ -2,11 +2,14 @@
 // part of the engine that calls kernels.
 //
 // On CUDA a step is: one copy of the plan to the device, build_rows, one graph (forward and unmask),
-// the results back (two copies). A graph is captured at start-up for each of a few numbers of rows; a
+// the results back (two copies). A step that is planned ahead has its rows made right behind the step
+// in progress; the host reads how many there are, launches the graph, and only then looks at what the
+// step before has committed. A graph is captured at start-up for each of a few numbers of rows; a
 // step takes the next larger one, with padding behind its rows. Steps without logits rows (prompts
 // alone) or with more rows than any graph are launched kernel by kernel, without padding.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "engine/decode_buffers.h"
@@ -31,14 +34,13 @@ class Runner {
 
   ~Runner();
 
-  // Hands a step to the device; on the CPU it is done on return. One step at a time.
+  // Hands a step to the device. While one is in progress, another one that is planned ahead.
   void start(const StepPlan& plan);
-  // Whether the step that was started is done.
-  bool is_done() { return stream_.is_done(); }
-  // Waits for it.
+  // Waits for the step in progress, and launches the one that was started ahead of its end. The result
+  // stays until the next call.
   StepResult finish();
   // What the device took for the last finished step.
-  double step_ms() const { return timer_.ms(); }
+  double step_ms() const { return timers_[1 - turn_].ms(); }
 
   // Rows of one sequence over the given pages, none before the first one's position; returns fp32
   // logits [rows, vocab_size].
@@ -71,6 +73,14 @@ class Runner {
     int graph;
   };
   Shape shape_of(int rows, int seqs, int logit_rows) const;
+  // A step that was started.
+  struct Step {
+    int seqs = 0;
+    int rows = 0, logit_rows = 0;
+  };
+  void run(const Step& step);
+  void fetch(const Step& step);
+  void keep(const Step& step, KeptResult& result);
   // As forward() takes them.
   void check_rows(const std::vector<int32_t>& token_ids, const std::vector<int32_t>& positions,
                   const std::vector<int32_t>& kv_limits, int num_pages) const;
@@ -82,12 +92,16 @@ class Runner {
   EngineConfig config_;
   ThreadPool threads_;
   Stream stream_;
-  StreamTimer timer_;
+  StreamTimer timers_[2];        // of the steps in turn
+  StreamMark counts_are_there_;  // of the step that was started ahead
   Execution execution_;
   Activations activations_;
   DecodeBuffers buffers_;
   Buffer<char> unmask_workspace_;  // CUDA only
   KvCache kv_cache_;
+  std::optional<Step> step_, ahead_;  // in progress, and started ahead of its end
+  KeptResult results_[2];             // of the steps in turn
+  int turn_ = 0;                      // of step_
   std::vector<int> padded_rows_;
   std::vector<Graph> graphs_;  // of padded_rows_; empty when launched kernel by kernel
   std::vector<CapturedGraph> captured_;

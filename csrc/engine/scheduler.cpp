@@ -85,6 +85,10 @@ void validate(const EngineConfig& c) {
   OPTIMUS_CHECK(c.page_size % c.grid() == 0 || c.grid() % c.page_size == 0,
                 "[engine_config] page_size must be a multiple of block_length ", c.grid(),
                 " or divide it, got ", c.page_size);
+  OPTIMUS_CHECK(
+      !c.async_scheduling || c.decode_mode != DecodeMode::elastic_per_request,
+      "[engine_config] async_scheduling does not go with elastic_per_request, which plans "
+      "by the results of the last step");
   if (c.decode_mode == DecodeMode::chunk) chunk("chunk_length", c.chunk_length);
   for (int arm : c.chunk_arms) chunk("chunk_arms", arm);
 }
@@ -122,36 +126,47 @@ void Scheduler::remove(Request* request) {
 }
 
 const StepPlan& Scheduler::plan(double now_s, const LatencyModel& latency,
-                                const CommitModel& commits) {
+                                const CommitModel& commits, bool is_ahead) {
   ++step_;
   preempted_ = false;
   plan_.clear();
-  secure_decode_pages();
+  plan_.is_ahead = is_ahead;
+  if (!secure_decode_pages()) return plan_;
   admit();
-  plan_decode(latency, commits);
+  if (!plan_decode(latency, commits)) return plan_;
   plan_prefill(now_s, latency);
   if (latency.has_profile() && !plan_.seqs.empty())
     plan_.predicted_ms = latency.predict(plan_.load());
   return plan_;
 }
 
-// Positions that must have pages before a decode step: everything its rows read or write.
 int Scheduler::window_end(const Request& request) const {
   return config_.decode_mode == DecodeMode::ar ? request.block_start
                                                : request.block_start + config_.block_length;
 }
 
-// Oldest first; whoever finds no page takes those of the youngest, itself at the worst.
-void Scheduler::secure_decode_pages() {
+// Positions that must have pages before a decode step: everything its rows read or write. A request
+// does not go beyond its last block.
+int Scheduler::pages_end(const Request& request) const {
+  const int end = window_end(request), grid = config_.grid();
+  if (!may_slide(request)) return end;
+  return std::max(end, std::min(end + grid, divide_up(request.max_len(), grid) * grid));
+}
+
+// Oldest first; whoever finds no page takes those of the youngest, itself at the worst. False: not
+// while these may be in the step in progress.
+bool Scheduler::secure_decode_pages() {
   for (size_t i = 0; i < running_.size(); ++i) {
     Request* request = running_[i];
     while (request->status == RequestStatus::decoding &&
-           !grow_pages(request, window_end(*request))) {
+           !grow_pages(request, pages_end(*request))) {
+      if (plan_.is_ahead) return false;
       OPTIMUS_INVARIANT(running_.size() > 1, "request ", request->id,
                         " does not fit the kv cache alone");
       preempt_youngest();
     }
   }
+  return true;
 }
 
 // A request that did not fit is not tried again before there are more pages than then.
@@ -191,6 +206,7 @@ bool Scheduler::start(Request* request) {
   request->num_registered_pages = match.num_tokens / config_.page_size;
   request->prefill_target = target;
   request->previous_block_pending = false;
+  request->in_flight = {};
   if (request->metrics.nfe == 0) request->metrics.cached_prompt_tokens = match.num_tokens;
   request->status = RequestStatus::prefilling;
   if (match.num_tokens == target) begin_decode(request);
@@ -198,6 +214,7 @@ bool Scheduler::start(Request* request) {
   return true;
 }
 
+// The prompt (or what is recomputed) is in the pages before the next step.
 void Scheduler::begin_decode(Request* request) {
   request->status = RequestStatus::decoding;
   request->window_open = false;
@@ -252,8 +269,41 @@ int Scheduler::decode_rows(const Request& request, int chunk_length, bool refres
     case RowMode::chunk:
       break;
   }
-  int refreshed = refresh ? config_.block_length - previous : 0;
+  int refreshed = refresh && request.previous_block_pending ? config_.block_length - previous : 0;
   return request.num_fresh + refreshed + std::min(chunk_length, request.num_masked);
+}
+
+int Scheduler::masks_in_flight(const Request& request) const {
+  if (request.in_flight.num_steps == 0) return 0;
+  return config_.row_mode() == RowMode::chunk
+             ? std::min(request.in_flight.chunk_length, request.num_masked)
+             : request.num_masked;
+}
+
+bool Scheduler::may_slide(const Request& request) const {
+  return request.in_flight.num_steps > 0 && masks_in_flight(request) == request.num_masked;
+}
+
+bool Scheduler::may_feed_previous(const Request& request) const {
+  return request.in_flight.num_steps > 0 ? may_slide(request) : request.previous_block_pending;
+}
+
+// Whatever the step in flight commits becomes a row, its other masks may; and when all of them commit,
+// a new block begins.
+int Scheduler::most_decode_rows(const Request& request, int chunk_length, bool refresh) const {
+  if (request.in_flight.num_steps == 0) return decode_rows(request, chunk_length, refresh);
+  const bool slides = may_slide(request);
+  switch (config_.row_mode()) {
+    case RowMode::ar:
+      return 1;
+    case RowMode::block:
+      return (slides ? 2 : 1) * config_.block_length;
+    case RowMode::chunk:
+      break;
+  }
+  const int fresh = masks_in_flight(request);
+  if (!slides) return std::min(fresh + chunk_length, request.num_masked);
+  return (refresh ? config_.block_length : fresh) + std::min(chunk_length, config_.block_length);
 }
 
 void Scheduler::cache_clean_pages(Request* request) {

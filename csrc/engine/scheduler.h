@@ -26,15 +26,18 @@ class Scheduler {
   void add(Request* request);
   // Removes a request wherever it is and frees what it holds.
   void remove(Request* request);
-  // The plan of the next step, valid until the next call. No sequences: nothing to do.
-  const StepPlan& plan(double now_s, const LatencyModel& latency, const CommitModel& commits);
-  // The prompt (or what is recomputed) is in the pages: decoding starts with the next step.
-  void begin_decode(Request* request);
+  // The plan of the next step, valid until the next call. No sequences: nothing to do. With `is_ahead` of
+  // the step after the one in progress; then no sequences can also mean that it has to wait for the
+  // results of that one, where pages or rows might not suffice otherwise.
+  const StepPlan& plan(double now_s, const LatencyModel& latency, const CommitModel& commits,
+                       bool is_ahead = false);
   // Registers the pages of `request` that are full and clean.
   void cache_clean_pages(Request* request);
 
-  // Decode rows of a request in a step, exactly.
+  // Decode rows of a request in a step, exactly if no step of it is in flight.
   int decode_rows(const Request& request, int chunk_length, bool refresh) const;
+  // Keys that its decode rows read.
+  int window_end(const Request& request) const;
   // Pages a request of this many tokens needs at its longest.
   int pages_for(int num_tokens) const { return config_.pages_for(num_tokens); }
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
@@ -46,9 +49,9 @@ class Scheduler {
   PrefixCache& prefix_cache() { return prefix_cache_; }
 
  private:
-  void secure_decode_pages();
+  bool secure_decode_pages();
   void admit();
-  void plan_decode(const LatencyModel& latency, const CommitModel& commits);
+  bool plan_decode(const LatencyModel& latency, const CommitModel& commits);
   void choose_chunks(const LatencyModel& latency, const CommitModel& commits);
   bool must_refresh(const Request& request) const;
   void plan_prefill(double now_s, const LatencyModel& latency);
@@ -57,7 +60,14 @@ class Scheduler {
   int prefill_room(double now_s, const LatencyModel& latency) const;
   int due_prefill_rows(double now_s, double step_ms) const;
 
-  int window_end(const Request& request) const;
+  // What a step in flight may make of a request: masks it evaluates, whether these may be the last of
+  // their block, whether the next step may have a previous block to feed, and how many rows at most.
+  int masks_in_flight(const Request& request) const;
+  bool may_slide(const Request& request) const;
+  bool may_feed_previous(const Request& request) const;
+  int most_decode_rows(const Request& request, int chunk_length, bool refresh) const;
+  int pages_end(const Request& request) const;
+  void begin_decode(Request* request);
   bool start(Request* request);
   bool grow_pages(Request* request, int num_tokens);
   void preempt_youngest();

@@ -16,9 +16,12 @@ constexpr int kPrefillCandidates = 64;  // sizes of prompt slices that are tried
 
 // Whether a finished block must be fed once more, whatever that costs.
 bool Scheduler::must_refresh(const Request& request) const {
-  if (!request.previous_block_pending || config_.row_mode() == RowMode::ar) return false;
+  if (!may_feed_previous(request) || config_.row_mode() == RowMode::ar) return false;
   if (config_.kv_policy != KvPolicy::auto_) return config_.kv_policy == KvPolicy::refresh;
-  return plan_.decision.refresh || request.previous_needs_refresh;
+  const bool needs = request.in_flight.num_steps > 0
+                         ? request.block_needs_refresh || request.in_flight.needs_refresh
+                         : request.previous_needs_refresh;
+  return plan_.decision.refresh || needs;
 }
 
 int Scheduler::prompt_rows_left() const {
@@ -48,14 +51,15 @@ void Scheduler::choose_chunks(const LatencyModel& latency, const CommitModel& co
   plan_.decision = policy_.choose(loads_, other, latency, commits);
 }
 
-void Scheduler::plan_decode(const LatencyModel& latency, const CommitModel& commits) {
+// False: more rows than the budget might come of a plan made ahead.
+bool Scheduler::plan_decode(const LatencyModel& latency, const CommitModel& commits) {
   decoding_.clear();
   bool prompts_wait = false;
   for (Request* request : running_) {
     if (request->status == RequestStatus::decoding) decoding_.push_back(request);
     prompts_wait |= request->status == RequestStatus::prefilling;
   }
-  if (decoding_.empty()) return;
+  if (decoding_.empty()) return true;
   std::stable_sort(decoding_.begin(), decoding_.end(), [](const Request* a, const Request* b) {
     return a->last_scheduled_step < b->last_scheduled_step;
   });
@@ -65,31 +69,41 @@ void Scheduler::plan_decode(const LatencyModel& latency, const CommitModel& comm
   if (prompts_wait) budget -= budget / kPrefillShare;
   const std::vector<int>& lengths = policy_.chunk_lengths();
   for (size_t i = 0; i < decoding_.size(); ++i) {
-    const bool refresh = must_refresh(*decoding_[i]);
-    const int rows = decode_rows(*decoding_[i], lengths[i], refresh);
-    if (plan_.num_rows + rows > budget) continue;
-    if (refresh) plan_.refresh_rows += rows - decode_rows(*decoding_[i], lengths[i], false);
+    const Request& request = *decoding_[i];
+    const bool refresh = must_refresh(request);
+    const int most_rows = most_decode_rows(request, lengths[i], refresh);
+    if (plan_.most_rows + most_rows > budget) {
+      if (!plan_.is_ahead) continue;
+      plan_.clear();
+      return false;
+    }
+    const int rows = decode_rows(request, lengths[i], refresh);
+    if (refresh) plan_.refresh_rows += rows - decode_rows(request, lengths[i], false);
     plan_.num_rows += rows;
-    plan_.kv_tokens += window_end(*decoding_[i]);
-    plan_.seqs.push_back({decoding_[i], 0, lengths[i], refresh});
-    decoding_[i]->last_scheduled_step = step_;
-    decoding_[i]->block_needs_refresh |= policy_.needs_refresh()[i] != 0;
+    plan_.most_rows += most_rows;
+    plan_.kv_tokens += window_end(request);
+    plan_.seqs.push_back(
+        {decoding_[i], request.slot, 0, 0, lengths[i], refresh, policy_.needs_refresh()[i] != 0});
   }
+  for (const SeqPlan& seq : plan_.seqs) seq.request->last_scheduled_step = step_;
   plan_.num_decoding = static_cast<int>(plan_.seqs.size());
   if (config_.kv_policy == KvPolicy::auto_ && config_.row_mode() == RowMode::chunk) {
     refresh_where_free(latency, budget);
   }
+  return true;
 }
 
 // After everybody's rows are known: whether more of them are free depends on the whole step.
 void Scheduler::refresh_where_free(const LatencyModel& latency, int budget) {
   for (SeqPlan& seq : plan_.seqs) {
-    if (seq.refresh || !seq.request->previous_block_pending) continue;
-    const int extra = decode_rows(*seq.request, seq.chunk_length, true) -
-                      decode_rows(*seq.request, seq.chunk_length, false);
-    if (plan_.num_rows + extra > budget || !refresh_is_free(latency, plan_.load(), extra)) continue;
+    if (seq.refresh || !may_feed_previous(*seq.request)) continue;
+    const int extra = most_decode_rows(*seq.request, seq.chunk_length, true) -
+                      most_decode_rows(*seq.request, seq.chunk_length, false);
+    if (plan_.most_rows + extra > budget || !refresh_is_free(latency, plan_.load(), extra))
+      continue;
     seq.refresh = true;
     plan_.num_rows += extra;
+    plan_.most_rows += extra;
     plan_.refresh_rows += extra;
   }
 }
@@ -111,7 +125,7 @@ int Scheduler::due_prefill_rows(double now_s, double step_ms) const {
 
 // Rows that prompts may take in this step.
 int Scheduler::prefill_room(double now_s, const LatencyModel& latency) const {
-  const int room = config_.max_num_batched_rows - plan_.num_rows;
+  const int room = config_.max_num_batched_rows - plan_.most_rows;
   if (config_.target_tpot_ms <= 0 || !latency.has_profile() || plan_.num_decoding == 0) return room;
   const int grid = config_.grid();
   // Each decoding request commits this many tokens in a step, so a step may take that much longer
@@ -155,12 +169,15 @@ void Scheduler::plan_prefill(double now_s, const LatencyModel& latency) {
     if (request->status != RequestStatus::prefilling) continue;
     const int length = std::min(room, request->prefill_target - request->num_computed);
     if (length <= 0) break;
-    plan_.seqs.push_back({request, length, 0, false});
+    plan_.seqs.push_back({request, request->slot, request->num_computed, length});
     room -= length;
     plan_.num_rows += length;
+    plan_.most_rows += length;
     plan_.prefill_rows += length;
-    plan_.kv_tokens += request->num_computed + length;
+    request->num_computed += length;
+    plan_.kv_tokens += request->num_computed;
     request->last_scheduled_step = step_;
+    if (request->num_computed == request->prefill_target) begin_decode(request);
   }
   if (plan_.prefill_rows > 0) {
     last_prefill_step_ = step_;

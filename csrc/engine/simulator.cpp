@@ -141,7 +141,7 @@ bool Simulator::step() {
   cpu::build_rows(buffers_.build_rows_params(kMaskTokenId), threads_);
   fill_confidences(plan);
   cpu::commit_candidates(buffers_.unmask_params(nullptr, ModelConfig{}, buffers_.num_logit_rows()));
-  const StepResult result = buffers_.result();
+  const StepResult result = buffers_.result(buffers_.num_rows(), buffers_.num_logit_rows());
   StepLoad load = plan.load();
   load.rows = result.num_rows;
   const double ms = step_ms(load);

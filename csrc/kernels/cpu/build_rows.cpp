@@ -112,9 +112,8 @@ void build_current_block(RowWriter& writer, int seq, int slot, int32_t* tokens, 
 // Rows of no sequence, and sequences of no rows, for the buckets of a captured graph.
 void add_padding(const BuildRowsParams& p, int rows, int logit_rows) {
   if (p.pad_rows_to > 0) {
-    OPTIMUS_CHECK(rows <= p.pad_rows_to && p.pad_rows_to <= p.max_rows,
-                  "[build_rows] pad_rows_to must be in ", rows, " (rows)..", p.max_rows,
-                  " (max_rows), got ", p.pad_rows_to);
+    OPTIMUS_CHECK(p.pad_rows_to <= p.max_rows, "[build_rows] pad_rows_to must be in 0..",
+                  p.max_rows, " (max_rows), got ", p.pad_rows_to);
   }
   for (int i = rows; i < p.pad_rows_to; ++i) {
     p.rows.token_ids[i] = 0;

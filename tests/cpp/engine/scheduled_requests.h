@@ -87,11 +87,15 @@ class ScheduledRequests {
       EXPECT_TRUE(slots.insert(request.slot).second);
       EXPECT_TRUE(request.slot >= 0 && request.slot < config.max_num_seqs);
       bool is_prefill = seq.prefill_len > 0;
-      EXPECT_EQ(request.status, is_prefill ? RequestStatus::prefilling : RequestStatus::decoding);
+      const bool is_last_slice = is_prefill && request.num_computed == request.prefill_target;
+      EXPECT_EQ(request.status,
+                is_prefill && !is_last_slice ? RequestStatus::prefilling : RequestStatus::decoding);
+      EXPECT_EQ(seq.slot, request.slot);
       EXPECT_EQ(seq.prefill_len % config.grid(), 0) << "part of a block";
-      int end = is_prefill ? request.num_computed + seq.prefill_len
+      int end = is_prefill ? seq.prefill_start + seq.prefill_len
                            : request.block_start + (config.grid() > 1 ? config.grid() : 0);
       EXPECT_LE(is_prefill ? end : 0, request.prefill_target);
+      EXPECT_EQ(is_prefill ? end : request.num_computed, request.num_computed);
       EXPECT_GE(static_cast<int>(request.pages.size()) * config.page_size, end);
       EXPECT_GE(seq.chunk_length, is_prefill ? 0 : 1);
       if (must_refresh(request) && !is_prefill) {
@@ -104,6 +108,7 @@ class ScheduledRequests {
                          : scheduler.decode_rows(request, seq.chunk_length, seq.refresh);
     }
     EXPECT_EQ(plan.num_rows, rows);
+    EXPECT_EQ(plan.most_rows, rows);
     EXPECT_EQ(plan.prefill_rows, prefill_rows);
     EXPECT_EQ(plan.num_decoding, num_decoding);
     EXPECT_EQ(plan.kv_tokens, kv_tokens);
@@ -145,16 +150,15 @@ class ScheduledRequests {
   void apply(const SeqPlan& seq) {
     Request& request = *seq.request;
     if (seq.prefill_len > 0) {
-      request.num_clean = request.num_computed += seq.prefill_len;
+      request.num_clean = seq.prefill_start + seq.prefill_len;
       scheduler.cache_clean_pages(&request);
-      if (request.num_computed == request.prefill_target) scheduler.begin_decode(&request);
       return;
     }
     request.window_open = true;
     request.metrics.nfe += 1;
     int evaluated = std::min(seq.chunk_length, request.num_masked);
     int num_committed = random_int(rng_, 1, evaluated);
-    learn(request, seq.chunk_length, evaluated, num_committed);
+    learn(request, seq, evaluated, num_committed);
     for (int i = 0; i < num_committed; ++i) commit_next(request);
     // Block mode keeps the known positions of the current block fresh until it is complete.
     bool keeps = config.row_mode() == RowMode::block && !request.previous_block_pending;
@@ -173,13 +177,14 @@ class ScheduledRequests {
     }
   }
 
-  void learn(Request& request, int chunk_length, int evaluated, int num_committed) {
+  void learn(Request& request, const SeqPlan& seq, int evaluated, int num_committed) {
     if (config.decode_mode != DecodeMode::ar) {
-      commits.observe_step(request.commit_context, chunk_length, evaluated, num_committed);
+      commits.observe_step(request.commit_context, seq.chunk_length, evaluated, num_committed);
       for (int i = 0; i < evaluated; ++i) {
         commits.observe(request.commit_context, i, request.history, i < num_committed);
       }
     }
+    request.block_needs_refresh |= seq.needs_refresh;
     if (request.previous_block_pending) {
       request.previous_needs_refresh = request.block_needs_refresh;
       request.block_needs_refresh = false;

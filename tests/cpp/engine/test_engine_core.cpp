@@ -35,7 +35,7 @@ class CoreDriver {
     }
     cpu::commit_candidates(
         buffers_.unmask_params(nullptr, ModelConfig{}, buffers_.num_logit_rows()));
-    return buffers_.result();
+    return buffers_.result(buffers_.num_rows(), buffers_.num_logit_rows());
   }
 
   EngineCore core;
@@ -156,7 +156,6 @@ TEST(EngineCore, PlanningAheadOfTheReportChangesNothing) {
     StepResult result = halves.run(0);
     for (double now_s = 0; whole.core.has_unfinished(); now_s += 0.01) {
       const StepOutput expected = whole.step(now_s, 2.0, now_s + 0.01);
-      halves.core.prefetch();
       halves.core.apply(result, 2.0, now_s + 0.01);
       if (halves.core.has_unfinished()) result = halves.run(now_s + 0.01);
       const StepOutput got = halves.core.report();

@@ -379,8 +379,8 @@ TEST(BuildRows, TooManyRowsThrow) {
                  "[build_rows] the plan needs more than max_rows 3 rows");
   for (int array = 0; array < 4; ++array) expect_untouched_tail(out.per_row[array], 3);
   Outputs padded(4, 1, problem.state.page_table_stride);
-  expect_invalid([&] { run(problem, 4, padded, 3); },
-                 "[build_rows] pad_rows_to must be in 4 (rows)..4 (max_rows), got 3");
+  expect_invalid([&] { run(problem, 4, padded, 5); },
+                 "[build_rows] pad_rows_to must be in 0..4 (max_rows), got 5");
 }
 
 TEST(BuildRows, TooLongBlockThrows) {
