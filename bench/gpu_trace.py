@@ -17,7 +17,7 @@ from typing import Any
 
 from optimus.summary import percentile
 
-FIRST_KERNELS = ("open_windows", "build_rows")  # of a step
+FIRST_KERNELS = ("open_windows", "build_rows")  # between two steps' forwards
 REPEATS = 5  # of a step, for kernel_table
 
 Event = dict[str, Any]  # name, cat, ts and dur in microseconds
@@ -44,18 +44,20 @@ def kernel_name(event: Event) -> str:
 
 
 def step_idle_us(events: Sequence[Event]) -> list[float]:
-    """From the last kernel of each step to the first of the next."""
+    """From the last kernel of each step's forward to the first of the next one's, but for the
+    kernels in between, which make its rows."""
     idle: list[float] = []
-    last_end = None
-    last_was_first = False
+    end, busy, is_between = None, 0.0, False
     for event in events:
         if event["cat"] != "kernel":
             continue
-        is_first = any(name in event["name"] for name in FIRST_KERNELS)
-        if is_first and not last_was_first and last_end is not None:
-            idle.append(event["ts"] - last_end)
-        last_end = max(last_end or 0.0, event["ts"] + event["dur"])
-        last_was_first = is_first
+        if any(name in event["name"] for name in FIRST_KERNELS):
+            busy += event["dur"]
+            is_between = True
+            continue
+        if is_between and end is not None:
+            idle.append(max(0.0, event["ts"] - end - busy))
+        end, busy, is_between = max(end or 0.0, event["ts"] + event["dur"]), 0.0, False
     return idle
 
 

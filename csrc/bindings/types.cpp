@@ -104,6 +104,7 @@ void bind_configs(py::module_& m) {
       .def_readwrite("num_pages", &EngineConfig::num_pages)
       .def_readwrite("gpu_memory_utilization", &EngineConfig::gpu_memory_utilization)
       .def_readwrite("cuda_graphs", &EngineConfig::cuda_graphs)
+      .def_readwrite("async_scheduling", &EngineConfig::async_scheduling)
       .def_readwrite("enable_prefix_cache", &EngineConfig::enable_prefix_cache)
       .def_readwrite("num_threads", &EngineConfig::num_threads)
       .def_readwrite("eos_token_ids", &EngineConfig::eos_token_ids)
@@ -192,6 +193,7 @@ void bind_outputs(py::module_& m) {
       .def_property_readonly("wait_ms", [](const StepRecord& r) { return r.host.wait_ms; })
       .def_property_readonly("apply_ms", [](const StepRecord& r) { return r.host.apply_ms; })
       .def_readonly("meets_target", &StepRecord::meets_target)
+      .def_readonly("is_ahead", &StepRecord::is_ahead)
       .def_readonly("reason", &StepRecord::reason)
       .def_readonly("arms", &StepRecord::arms);
   py::class_<StepOutput>(m, "StepOutput")

@@ -114,6 +114,7 @@ class EngineConfig:
     num_pages: int  # CUDA: 0 = as many as gpu_memory_utilization leaves room for
     gpu_memory_utilization: float  # share of the GPU's memory that is in use at most
     cuda_graphs: bool  # False: CUDA kernels are launched one by one
+    async_scheduling: bool  # plan a step before the results of the one in progress are known
     enable_prefix_cache: bool
     num_threads: int  # 0 = all cores
     eos_token_ids: list[int]
@@ -201,6 +202,7 @@ class StepRecord:
     wait_ms: float
     apply_ms: float
     meets_target: bool
+    is_ahead: bool  # planned before the results of the step before were known
     reason: str
     arms: list[ArmEstimate]  # what an elastic policy compared
 

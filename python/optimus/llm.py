@@ -80,6 +80,8 @@ class LLM:
         at most 1 GiB, at least one request; on CUDA: what gpu_memory_utilization leaves.
     gpu_memory_utilization: share of the GPU's memory that is in use at most, everybody's counted.
     cuda_graphs: False launches CUDA kernels one by one, with the same results.
+    async_scheduling: plan each step before the results of the one in progress are known, so that the
+        device never waits for the host; not in "elastic_per_request". Default: on CUDA.
     max_model_len: most tokens of prompt and output; default max_position_embeddings.
     page_size: tokens per KV page, a multiple or a divisor of block_length.
     enable_prefix_cache: reuse KV of prompts that begin alike.
@@ -114,6 +116,7 @@ class LLM:
         kv_cache_memory: int | str | None = None,
         gpu_memory_utilization: float = 0.9,
         cuda_graphs: bool = True,
+        async_scheduling: bool | None = None,
         max_model_len: int | None = None,
         page_size: int | None = None,
         enable_prefix_cache: bool = True,
@@ -132,8 +135,9 @@ class LLM:
             step_log_size=step_log_size, recompute_block=recompute_block, kv_policy=kv_policy,
             max_num_seqs=max_num_seqs, max_num_batched_rows=max_num_batched_rows,
             kv_cache_memory=kv_cache_memory, gpu_memory_utilization=gpu_memory_utilization,
-            cuda_graphs=cuda_graphs, max_model_len=max_model_len, page_size=page_size,
-            enable_prefix_cache=enable_prefix_cache, num_threads=num_threads, seed=seed,
+            cuda_graphs=cuda_graphs, async_scheduling=async_scheduling, max_model_len=max_model_len,
+            page_size=page_size, enable_prefix_cache=enable_prefix_cache, num_threads=num_threads,
+            seed=seed,
         )  # fmt: skip
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 DECODE_MODES = ("ar", "block", "chunk", "schedule", "elastic", "elastic_per_request")
 ELASTIC_MODES = ("elastic", "elastic_per_request")
+# Where a step can be planned without the results of the step before.
+ASYNC_MODES = ("ar", "block", "chunk", "schedule", "elastic")
 KV_POLICIES = ("freeze", "refresh", "auto")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 DEFAULT_KV_POLICY = "auto"
@@ -41,6 +43,7 @@ class EngineOptions:
     kv_cache_memory: int | str | None = None
     gpu_memory_utilization: float = 0.9
     cuda_graphs: bool = True
+    async_scheduling: bool | None = None
     max_model_len: int | None = None
     page_size: int | None = None
     enable_prefix_cache: bool = True
@@ -84,10 +87,15 @@ class EngineOptions:
         for name in ("recompute_block", "enable_prefix_cache", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"[llm] {name} must be a bool, got {getattr(self, name)!r}")
+        if self.async_scheduling not in (None, False, True):
+            raise ValueError(
+                f"[llm] async_scheduling must be a bool or None, got {self.async_scheduling!r}"
+            )
         for name, value, modes in (
             ("chunk_length", self.chunk_length, ("chunk",)),
             ("recompute_block", self.recompute_block or None, ("chunk",)),
             ("chunk_arms", tuple(self.chunk_arms) or None, ELASTIC_MODES),
+            ("async_scheduling", self.async_scheduling or None, ASYNC_MODES),
         ):
             if value is not None and self.decode_mode not in modes:
                 raise ValueError(
@@ -133,6 +141,11 @@ class EngineOptions:
         native.num_pages = 0 if measures_room else plan.num_pages
         native.gpu_memory_utilization = float(self.gpu_memory_utilization)
         native.cuda_graphs = self.cuda_graphs
+        # On the CPU there is nothing to keep busy.
+        goes_ahead = device == "cuda" and self.decode_mode in ASYNC_MODES
+        native.async_scheduling = (
+            goes_ahead if self.async_scheduling is None else self.async_scheduling
+        )
         native.enable_prefix_cache = self.enable_prefix_cache
         native.num_threads = self.num_threads or 0
         native.eos_token_ids = list(checkpoint.eos_token_ids)
