@@ -24,7 +24,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +188,9 @@ def throughput(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> No
 
 
 def one_run(llm: optimus.LLM, tasks: list[Task]) -> dict[str, Any]:
-    """All tasks at once, after one short request. forward_ms: of a step on the device, copies of
-    plan and results included; gap_ms: the rest of the run, by steps, tokenising and drawing up
-    outputs included; gap_p50_ms: median of the rest between two steps; host_p50_ms: medians of the
+    """All tasks at once, after one short request. forward_ms: of a step on the device; gap_ms: the
+    rest of the run, by steps, tokenising and drawing up outputs included; idle_us: percentiles of
+    what lies on the device between two forwards, copies and making rows included; host_p50_ms: medians of the
     host's parts of a step; full_*: steps with every slot taken."""
     generate_answers(llm, tasks[:1], GREEDY)
     totals = StepTotals(llm.options.max_num_seqs)
@@ -212,7 +212,10 @@ def one_run(llm: optimus.LLM, tasks: list[Task]) -> dict[str, Any]:
         "ms_per_step": seconds * 1e3 / totals.num_steps,
         "forward_ms": totals.forward_ms / totals.num_steps,
         "gap_ms": (seconds * 1e3 - totals.forward_ms) / totals.num_steps,
-        "gap_p50_ms": percentile(gaps_ms(totals.records), 50),
+        "idle_us": {
+            q: percentile([record.idle_ms * 1e3 for record in totals.records], q)
+            for q in (10, 50, 90, 99)
+        },
         "host_p50_ms": {
             part: percentile([getattr(record, f"{part}_ms") for record in totals.records], 50)
             for part in ("plan", "launch", "wait", "apply")
@@ -222,14 +225,6 @@ def one_run(llm: optimus.LLM, tasks: list[Task]) -> dict[str, Any]:
         "rows_per_token": score.rows_per_token,
         "chunk_lengths": dict(sorted(totals.chunks.items())),
     }
-
-
-def gaps_ms(records: Sequence[_C.StepRecord]) -> list[float]:
-    """From one step's plan to the next one's, what the device did not work."""
-    return [
-        (after.start_s - before.start_s) * 1e3 - before.forward_ms
-        for before, after in itertools.pairwise(records)
-    ]
 
 
 def idle(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:

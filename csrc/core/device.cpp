@@ -218,6 +218,13 @@ double StreamTimer::ms() const {
   return ms;
 }
 
+double StreamTimer::ms_since(const StreamTimer& before) const {
+  if (started_ == nullptr) return start_ms_ - before.stop_ms_;
+  float ms = 0;
+  OPTIMUS_CUDA_CHECK(cudaEventElapsedTime(&ms, event_of(before.stopped_), event_of(started_)));
+  return ms;
+}
+
 Graph::Graph(Stream& stream, const std::function<void()>& record) {
   OPTIMUS_INVARIANT(stream.device() == Device::cuda, "a graph on the CPU");
   const cudaStream_t handle = stream_of(stream.handle());
@@ -296,6 +303,9 @@ StreamTimer::~StreamTimer() = default;
 void StreamTimer::start(Stream&) { start_ms_ = now_ms(); }
 void StreamTimer::stop(Stream&) { stop_ms_ = now_ms(); }
 double StreamTimer::ms() const { return stop_ms_ - start_ms_; }
+double StreamTimer::ms_since(const StreamTimer& before) const {
+  return start_ms_ - before.stop_ms_;
+}
 
 Graph::Graph(Stream&, const std::function<void()>&) { throw_no_cuda(); }
 Graph::~Graph() = default;

@@ -80,7 +80,9 @@ class StreamTimer {
 
   void start(Stream& stream);
   void stop(Stream& stream);
-  double ms() const;  // after the stream has been synchronised
+  // After the stream has passed both: from start to stop, and from the stop of `before` to the start.
+  double ms() const;
+  double ms_since(const StreamTimer& before) const;
 
  private:
   double start_ms_ = 0, stop_ms_ = 0;             // cpu

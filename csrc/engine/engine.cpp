@@ -61,7 +61,7 @@ bool Engine::start_step() {
   if (plan.seqs.empty()) return false;
   const double planned = now_s();
   runner_.start(plan);
-  host_[num_started_++] = {ms_between(begin, planned), ms_between(planned, now_s()), 0, 0};
+  host_[num_started_++] = {ms_between(begin, planned), ms_between(planned, now_s())};
   return true;
 }
 
@@ -69,9 +69,10 @@ void Engine::finish_step() {
   const double begin = now_s();
   const StepResult result = runner_.finish();
   const double done = now_s();
-  core_.apply(result, runner_.step_ms(), done);
+  core_.apply(result, runner_.forward_ms(), done);
   host_[0].wait_ms = ms_between(begin, done);
   host_[0].apply_ms = ms_between(done, now_s());
+  host_[0].idle_ms = runner_.idle_ms();
   core_.note_host(host_[0]);
   host_[0] = host_[1];
   --num_started_;

@@ -112,7 +112,8 @@ void EngineCore::apply(const StepResult& result, double forward_ms, double now_s
   latency_.observe({record_.rows, record_.prefill_rows, record_.kv_tokens}, forward_ms);
   write_record(plan, result, forward_ms);
   // Steps that follow each other at once: what the forward does not explain is host work.
-  if (last_end_s_ >= 0) latency_.observe_overhead((now_s_ - last_end_s_) * 1e3 - forward_ms);
+  follows_ = last_end_s_ >= 0;
+  if (follows_) latency_.observe_overhead((now_s_ - last_end_s_) * 1e3 - forward_ms);
   last_end_s_ = num_unfinished_ > 0 ? now_s_ : -1;
   drop_plan();
 }
@@ -139,6 +140,11 @@ void EngineCore::count_rows(const StepPlan& plan, const StepResult& result) {
   record_.rows = result.num_rows;
   record_.prefill_rows = plan.prefill_rows;
   record_.logit_rows = result.num_logit_rows;
+}
+
+void EngineCore::note_host(const HostTimes& host) {
+  record_.host = host;
+  if (!follows_) record_.host.idle_ms = 0;
 }
 
 bool EngineCore::is_void() const {

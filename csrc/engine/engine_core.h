@@ -34,7 +34,7 @@ class EngineCore {
   void apply(const StepResult& result, double forward_ms, double now_s);
   StepOutput report();
   // Between apply() and report().
-  void note_host(const HostTimes& host) { record_.host = host; }
+  void note_host(const HostTimes& host);
   // Whether all requests of the oldest plan have ended since it was made; then it can be dropped.
   bool is_void() const;
   void drop_plan();
@@ -103,6 +103,7 @@ class EngineCore {
   std::vector<Commit> new_commits_;                     // of all changes
   std::vector<CommitModel::Observation> observations_;  // of all changes
   StepRecord record_;
+  bool follows_ = false;  // at once behind another step
   std::vector<int> committed_rows_;  // of one request
   std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
   int num_unfinished_ = 0;

@@ -80,7 +80,8 @@ Runner::Runner(const Model& model, const EngineConfig& config)
       config_(config),
       threads_(model.device() == Device::cpu ? config.num_threads : 1),
       stream_(model.device()),
-      timers_{StreamTimer(model.device()), StreamTimer(model.device())},
+      timers_{StreamTimer(model.device()), StreamTimer(model.device()),
+              StreamTimer(model.device())},
       counts_are_there_(model.device()),
       execution_{model.device(), &threads_, stream_.handle()},
       activations_(model.config(), config.max_num_batched_rows, config.max_num_seqs,
@@ -176,7 +177,6 @@ void Runner::start(const StepPlan& plan) {
   OPTIMUS_INVARIANT(plan.is_ahead ? step_ && !ahead_ : !step_, "a step started out of turn");
   buffers_.write_plan(plan);
   const Step step{static_cast<int>(plan.seqs.size()), plan.most_rows, buffers_.most_logit_rows()};
-  timers_[plan.is_ahead ? 1 - turn_ : turn_].start(stream_);
   buffers_.upload(stream_);
   if (buffers_.num_openings() > 0) open_windows(buffers_.open_windows_params(), execution_);
   // As many as any graph of this many rows or fewer reads.
@@ -197,15 +197,18 @@ void Runner::start(const StepPlan& plan) {
   }
 }
 
+// The step whose turn it is.
 void Runner::run(const Step& step) {
+  StreamTimer& timer = timers_[turn_ % timers_.size()];
+  timer.start(stream_);
   if (step.rows > 0) launch(shape_of(step.rows, step.seqs, step.logit_rows));
+  timer.stop(stream_);
 }
 
 // On the CPU the result is there.
 void Runner::fetch(const Step& step) {
   buffers_.download(stream_, step.logit_rows);
-  timers_[turn_].stop(stream_);
-  if (device() == Device::cpu) keep(step, results_[turn_]);
+  if (device() == Device::cpu) keep(step, results_[turn_ % 2]);
 }
 
 void Runner::keep(const Step& step, KeptResult& result) {
@@ -215,7 +218,7 @@ void Runner::keep(const Step& step, KeptResult& result) {
 StepResult Runner::finish() {
   OPTIMUS_INVARIANT(step_.has_value(), "no step to finish");
   const Step done = *step_;
-  KeptResult& result = results_[turn_];
+  KeptResult& result = results_[turn_ % 2];
   if (ahead_) {
     counts_are_there_.wait();  // then so is the result
     ahead_->rows = buffers_.num_rows();
@@ -228,7 +231,7 @@ StepResult Runner::finish() {
         " of them with logits, was planned with ", done.rows, " and ", done.logit_rows);
   }
   step_ = std::exchange(ahead_, std::nullopt);
-  turn_ = 1 - turn_;
+  ++turn_;
   if (step_) run(*step_);
   if (device() == Device::cuda) keep(done, result);  // the next one's is not on its way yet
   if (step_) fetch(*step_);
@@ -341,7 +344,7 @@ double Runner::time_forward(int num_rows, int num_seqs, int context, bool with_l
     }
   }
   buffers_.write_rows(step);
-  StreamTimer& timer = timers_[turn_];
+  StreamTimer timer(device());
   timer.start(stream_);
   launch(shape);
   timer.stop(stream_);
@@ -356,7 +359,7 @@ double Runner::time_gemms(int rows, int repeats) {
   std::optional<Graph> graph;
   if (device() == Device::cuda) graph.emplace(stream_, run);
   std::vector<double> times;
-  StreamTimer& timer = timers_[turn_];
+  StreamTimer timer(device());
   for (int i = 0; i < repeats; ++i) {
     timer.start(stream_);
     graph ? graph->launch(stream_) : run();

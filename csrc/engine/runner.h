@@ -9,6 +9,7 @@
 // alone) or with more rows than any graph are launched kernel by kernel, without padding.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -39,8 +40,10 @@ class Runner {
   // Waits for the step in progress, and launches the one that was started ahead of its end. The result
   // stays until the next call.
   StepResult finish();
-  // What the device took for the last finished step.
-  double step_ms() const { return timers_[1 - turn_].ms(); }
+  // Of the last finished step, on the device: its forward with unmask, and what lies between that and
+  // the one before.
+  double forward_ms() const { return timer_of(turn_ - 1).ms(); }
+  double idle_ms() const { return turn_ < 2 ? 0 : timer_of(turn_ - 1).ms_since(timer_of(turn_ - 2)); }
 
   // Rows of one sequence over the given pages, none before the first one's position; returns fp32
   // logits [rows, vocab_size].
@@ -78,6 +81,7 @@ class Runner {
     int seqs = 0;
     int rows = 0, logit_rows = 0;
   };
+  const StreamTimer& timer_of(uint64_t turn) const { return timers_[turn % timers_.size()]; }
   void run(const Step& step);
   void fetch(const Step& step);
   void keep(const Step& step, KeptResult& result);
@@ -92,7 +96,7 @@ class Runner {
   EngineConfig config_;
   ThreadPool threads_;
   Stream stream_;
-  StreamTimer timers_[2];        // of the steps in turn
+  std::array<StreamTimer, 3> timers_;  // of the steps in turn
   StreamMark counts_are_there_;  // of the step that was started ahead
   Execution execution_;
   Activations activations_;
@@ -101,7 +105,7 @@ class Runner {
   KvCache kv_cache_;
   std::optional<Step> step_, ahead_;  // in progress, and started ahead of its end
   KeptResult results_[2];             // of the steps in turn
-  int turn_ = 0;                      // of step_
+  uint64_t turn_ = 0;                 // of step_; steps that are finished
   std::vector<int> padded_rows_;
   std::vector<Graph> graphs_;  // of padded_rows_; empty when launched kernel by kernel
   std::vector<CapturedGraph> captured_;

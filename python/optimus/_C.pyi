@@ -201,6 +201,7 @@ class StepRecord:
     launch_ms: float
     wait_ms: float
     apply_ms: float
+    idle_ms: float  # on the device, between the forward before and this one; 0 = none before
     meets_target: bool
     is_ahead: bool  # planned before the results of the step before were known
     reason: str
