@@ -9,6 +9,7 @@
 #include "core/check.h"
 #if defined(OPTIMUS_WITH_CUDA)
 #include "core/cuda_check.h"
+#include "core/stream_copy.h"
 #endif
 
 namespace optimus {
@@ -27,6 +28,13 @@ void copy_on_host(void* to, size_t to_stride, const void* from, size_t from_stri
   for (size_t i = 0; i < count; ++i) {
     std::memcpy(static_cast<char*>(to) + i * to_stride,
                 static_cast<const char*>(from) + i * from_stride, bytes);
+  }
+}
+
+void copy_at_once(std::initializer_list<StreamCopy> copies) {
+  for (const StreamCopy& copy : copies) {
+    if (copy.to == copy.from) continue;
+    copy_on_host(copy.to, copy.stride, copy.from, copy.stride, copy.bytes, copy.count);
   }
 }
 
@@ -145,20 +153,9 @@ Stream::~Stream() {
   if (handle_ != nullptr) static_cast<void>(cudaStreamDestroy(stream_of(handle_)));
 }
 
-void Stream::copy(void* to, const void* from, size_t bytes) {
-  if (device_ == Device::cpu) {
-    std::memcpy(to, from, bytes);
-  } else {
-    OPTIMUS_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(handle_)));
-  }
-}
-void Stream::copy_strided(void* to, const void* from, size_t stride, size_t bytes, size_t count) {
-  if (device_ == Device::cpu) {
-    copy_on_host(to, stride, from, stride, bytes, count);
-  } else {
-    OPTIMUS_CUDA_CHECK(cudaMemcpy2DAsync(to, stride, from, stride, bytes, count, cudaMemcpyDefault,
-                                         stream_of(handle_)));
-  }
+void Stream::copy(std::initializer_list<StreamCopy> copies) {
+  if (device_ == Device::cpu) return copy_at_once(copies);
+  launch_copies(copies.begin(), static_cast<int>(copies.size()), stream_of(handle_));
 }
 
 void Stream::synchronize() {
@@ -283,10 +280,7 @@ Stream::Stream(Device device) : device_(device) {
   if (device != Device::cpu) throw_no_cuda();
 }
 Stream::~Stream() = default;
-void Stream::copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
-void Stream::copy_strided(void* to, const void* from, size_t stride, size_t bytes, size_t count) {
-  copy_on_host(to, stride, from, stride, bytes, count);
-}
+void Stream::copy(std::initializer_list<StreamCopy> copies) { copy_at_once(copies); }
 void Stream::synchronize() {}
 
 StreamMark::StreamMark(Device device) {

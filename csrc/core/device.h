@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <initializer_list>
 #include <string>
 
 namespace optimus {
@@ -34,6 +35,14 @@ void copy_memory(void* to, const void* from, size_t bytes, Device device);
 void copy_memory_strided(void* to, size_t to_stride, const void* from, size_t from_stride,
                          size_t bytes, size_t count, Device device);
 
+// `count` pieces of `bytes`, `stride` bytes apart on both sides.
+struct StreamCopy {
+  static constexpr int kMost = 2;  // in one call
+  void* to;
+  const void* from;
+  size_t bytes, stride = 0, count = 1;
+};
+
 // An ordered queue of work. On the CPU work is done at once, and handle() is null.
 class Stream {
  public:
@@ -44,10 +53,9 @@ class Stream {
 
   Device device() const { return device_; }
   void* handle() const { return handle_; }  // a cudaStream_t
-  // Host memory must be of allocate_host_memory, and stay until the stream gets there.
-  void copy(void* to, const void* from, size_t bytes);
-  // `count` pieces of `bytes`, `stride` bytes apart on both sides.
-  void copy_strided(void* to, const void* from, size_t stride, size_t bytes, size_t count);
+  // Between memory of the device and of allocate_host_memory, which must stay until the stream gets
+  // there; all aligned to 16 bytes. Nothing is done where source and destination are the same.
+  void copy(std::initializer_list<StreamCopy> copies);
   void synchronize();
 
  private:

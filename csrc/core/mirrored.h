@@ -54,15 +54,12 @@ class MirroredArrays {
   void upload(Stream& stream, const void* end) {
     const size_t bytes = static_cast<const char*>(end) - on_host_;
     OPTIMUS_INVARIANT(bytes <= bytes_, "upload of ", bytes, " bytes of ", bytes_);
-    if (device_ != Device::cpu) stream.copy(on_device_, on_host_, bytes);
+    stream.copy({{on_device_, on_host_, bytes}});
   }
-  void download(Stream& stream) {
-    if (device_ != Device::cpu) stream.copy(on_host_, on_device_, bytes_);
-  }
+  StreamCopy downloaded() const { return {on_host_, on_device_, bytes_}; }
   // The first `bytes` of each of `count` parts of equal size.
-  void download_parts(Stream& stream, size_t bytes, size_t count) {
-    if (device_ == Device::cpu || bytes == 0) return;
-    stream.copy_strided(on_host_, on_device_, bytes_ / count, bytes, count);
+  StreamCopy downloaded_parts(size_t bytes, size_t count) const {
+    return {on_host_, on_device_, bytes, bytes_ / count, count};
   }
   Device device() const { return device_; }
   size_t bytes() const { return bytes_; }
@@ -90,8 +87,8 @@ class MirroredRows {
     ++count_;
   }
   void allocate() { arrays_.allocate(); }
-  void download(Stream& stream, size_t length) {
-    arrays_.download_parts(stream, length * kElement, count_);
+  StreamCopy downloaded(size_t length) const {
+    return arrays_.downloaded_parts(length * kElement, count_);
   }
   Device device() const { return arrays_.device(); }
   size_t bytes() const { return arrays_.bytes(); }

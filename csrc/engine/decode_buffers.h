@@ -60,10 +60,9 @@ class DecodeBuffers {
   // unmask of the rows that build_rows made, without a workspace; `num_logit_rows` with padding.
   UnmaskParams unmask_params(const void* logits, const ModelConfig& model, int num_logit_rows);
   // How many rows, and logits rows, build_rows made.
-  void download_counts(Stream& stream) { counts_array_.download(stream); }
+  void download_counts(Stream& stream) { stream.copy({counts_array_.downloaded()}); }
   void download(Stream& stream, int num_logit_rows) {
-    results_.download(stream);
-    row_results_.download(stream, num_logit_rows);
+    stream.copy({results_.downloaded(), row_results_.downloaded(num_logit_rows)});
   }
   // Of the downloaded step. Candidates have no entropy.
   StepResult result(int num_rows, int num_logit_rows) const;
