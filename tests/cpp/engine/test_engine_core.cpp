@@ -1,5 +1,7 @@
 // EngineCore driven by hand: clocks that jump back or are no number, the step log, and what the
 // core tells its models.
+#include <map>
+
 #include "engine/simulated_runs.h"
 #include "kernels/cpu/kernels.h"
 
@@ -10,7 +12,7 @@ using namespace testing;
 
 constexpr int kB = 8;
 
-// Runs steps of a core with candidates of confidence 0.95, as the simulator does.
+// Runs steps of a core with candidates of confidence 0.95, some of them less, as the simulator does.
 class CoreDriver {
  public:
   explicit CoreDriver(EngineConfig config)
@@ -23,14 +25,26 @@ class CoreDriver {
   }
 
   StepResult run(double plan_s) {
+    EXPECT_TRUE(start(plan_s));
+    return commit();
+  }
+
+  // Makes the rows of the next step; false: there is none yet.
+  bool start(double plan_s) {
     const StepPlan& plan = core.plan(plan_s);
-    EXPECT_FALSE(plan.seqs.empty());
+    if (plan.seqs.empty()) return false;
     buffers_.write_plan(plan);
     cpu::open_windows(buffers_.open_windows_params(), threads_);
     cpu::build_rows(buffers_.build_rows_params(/*mask_token_id=*/0), threads_);
+    note_clean(plan);
+    return true;
+  }
+
+  StepResult commit() {
     for (int i = 0; i < buffers_.num_logit_rows(); ++i) {
       buffers_.candidates().token_ids[i] = 1;
-      buffers_.candidates().confidence[i] = 0.95f;
+      buffers_.candidates().confidence[i] =
+          doubt > 0 && random_int(rng_, 0, doubt) == 0 ? 0.3f : 0.95f;
       buffers_.candidates().logprob[i] = buffers_.candidates().entropy[i] = 0.05f;
     }
     cpu::commit_candidates(
@@ -39,10 +53,33 @@ class CoreDriver {
   }
 
   EngineCore core;
+  // By request: leading positions that were fed as whole blocks of known tokens, one after the other.
+  std::map<uint64_t, int> clean;
+  int doubt = 0;  // > 0: about one candidate in that many is none
 
  private:
+  void note_clean(const StepPlan& plan) {
+    const int32_t* ends = buffers_.rows().cu_seqlens_q + 1;
+    for (size_t s = 0; s < plan.seqs.size(); ++s) {
+      const SeqPlan& seq = plan.seqs[s];
+      int& known = clean[seq.request->id];
+      if (seq.prefill_len > 0) known = seq.prefill_start + seq.prefill_len;
+      const int block_start = buffers_.state().block_start[seq.slot];
+      int num_before = 0;
+      for (int row = ends[s] - seq_rows(s); row < ends[s]; ++row) {
+        num_before += buffers_.rows().positions[row] < block_start;
+      }
+      const bool is_whole = seq.prefill_len == 0 && num_before == core.config().grid();
+      if (is_whole && known == block_start - core.config().grid()) known = block_start;
+    }
+  }
+  int seq_rows(size_t s) const {
+    return buffers_.rows().cu_seqlens_q[s + 1] - buffers_.rows().cu_seqlens_q[s];
+  }
+
   DecodeBuffers buffers_;
   ThreadPool threads_;
+  Rng rng_{17};
 };
 
 EngineConfig core_config(DecodeMode mode = DecodeMode::elastic) {
@@ -210,6 +247,59 @@ TEST(EngineCore, PlanningAheadOfTheReportLosesNoObservation) {
     double observed = 0;
     for (const auto& bin : driver.core.commits().reliability()) observed += bin.count;
     EXPECT_EQ(observed, masks);
+  }
+}
+
+// What refreshing has made clean, the prefix cache may keep, and nothing else. Blocks whose arm asks
+// for it are refreshed, whether the end of the block was known when that was planned or not.
+TEST(EngineCore, PlanningAheadRefreshesWhatIsDueAndKnowsWhatIsClean) {
+  for (bool is_due : {false, true}) {  // for the first request
+    for (bool ahead : {false, true}) {
+      SCOPED_TRACE(concat("due ", is_due, ", ahead ", ahead));
+      EngineConfig config = core_config();
+      config.kv_policy = KvPolicy::auto_;
+      config.chunk_arms = {3};
+      // At the lower threshold only refreshed blocks are good enough.
+      config.measured_arms = {{0.5f, 3, false, 0.5, -0.1},
+                              {0.5f, 3, true, 0.9, 0.1},
+                              {0.9f, 3, false, 0.9, 0.1},
+                              {0.9f, 3, true, 0.9, 0.1}};
+      CoreDriver driver(config);
+      driver.doubt = 3;
+      // Rows are free up to 28, so that refreshing is so now and then.
+      LatencyProfile profile;
+      profile.decode = {{1, 2.0}, {28, 2.0}, {64, 20.0}};
+      driver.core.latency().set_profile(profile);
+      std::vector<uint64_t> ids;
+      for (int i = 0; i < 6; ++i) {
+        const float threshold = i == 0 && is_due ? 0.5f : 0.9f;
+        ids.push_back(driver.core.add_request(std::vector<int32_t>(9 + 3 * i, 1 + i),
+                                              simulated_params(60 + 7 * i, threshold), 0));
+      }
+      int num_refreshed = 0, num_ahead = 0;
+      ASSERT_TRUE(driver.start(0));
+      for (double now_s = 0; driver.core.has_unfinished(); now_s += 0.01) {
+        KeptResult result;
+        result.keep(driver.commit(), config.max_num_seqs);
+        std::map<uint64_t, int> clean = driver.clean;  // of this step
+        const bool started = ahead && driver.start(now_s);
+        driver.core.apply(result.view(), 2.0, now_s + 0.01);
+        const StepOutput output = driver.core.report();
+        num_refreshed += output.record.refresh_rows > 0;
+        num_ahead += output.record.is_ahead;
+        for (uint64_t id : ids) {
+          const Request& request = driver.core.request(id);
+          if (request.status != RequestStatus::decoding || request.metrics.nfe == 0) continue;
+          ASSERT_EQ(request.num_clean, clean[id]) << "request " << id;
+          // Whole blocks behind the one that is due next.
+          if (is_due && id == ids[0]) ASSERT_GE(request.num_clean, request.block_start - kB);
+        }
+        if (driver.core.is_void()) driver.core.drop_plan();
+        if (!started && driver.core.has_unfinished()) ASSERT_TRUE(driver.start(now_s + 0.01));
+      }
+      EXPECT_GT(num_refreshed, 0);
+      EXPECT_EQ(num_ahead > 0, ahead);
+    }
   }
 }
 
