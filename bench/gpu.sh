@@ -60,7 +60,7 @@ if [[ " $parts " == *" engine "* ]]; then
   python=${PYTHON:-python3}
   export PYTHONPATH=python${PYTHONPATH:+:$PYTHONPATH}
   OPTIMUS_CUDA=1 "$python" setup.py --quiet build_ext --inplace >"$folder/build_ext.log" 2>&1 || status=1
-  "$python" bench/gpu_engine.py "$folder" --parts accuracy steps throughput idle kernels 2>&1 |
+  "$python" bench/gpu_engine.py "$folder" --parts accuracy steps throughput kernels 2>&1 |
     tee "$folder/engine.log" || status=1
 fi
 exit $status

@@ -1,6 +1,6 @@
 """The engine on a GPU: answers, step times against what they must cost, throughput, and traces.
 
-    python bench/gpu_engine.py FOLDER [--parts accuracy steps throughput idle kernels]
+    python bench/gpu_engine.py FOLDER [--parts accuracy steps throughput kernels]
                                [--grow-to sdar-8b]
 
 accuracy: the demo model's answers to held-out prompts in each mode, on this device and on the CPU.
@@ -9,9 +9,8 @@ steps: time of a step of the grown model, its rows in sequences of 8 that read 1
     bandwidth. Either is timed after as much of the same, for the clock falls while the GPU works,
     and they take turns: medians of the rounds.
 throughput: offline, of the grown model, by mode and concurrency, with the accuracy beside it.
-idle, kernels: where the GPU's time goes, from profiler traces of the same steps and runs
-    (gpu_trace.py); on a GPU alone, and after all others: once a profiler was attached, launches
-    stay slower.
+kernels: where a step's time goes, from profiler traces (gpu_trace.py); on a GPU alone, and after
+    all others: once a profiler was attached, launches stay slower.
 One JSON file per part, written as far as it got; a part that fails does not stop the others.
 """
 
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import statistics
 import time
@@ -190,8 +188,8 @@ def throughput(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> No
 def one_run(llm: optimus.LLM, tasks: list[Task]) -> dict[str, Any]:
     """All tasks at once, after one short request. forward_ms: of a step on the device; gap_ms: the
     rest of the run, by steps, tokenising and drawing up outputs included; idle_us: percentiles of
-    what lies on the device between two forwards, copies and making rows included; host_p50_ms: medians of the
-    host's parts of a step; full_*: steps with every slot taken."""
+    what lies on the device between two forwards, copies and making rows included; host_p50_ms:
+    medians of the host's parts of a step; full_*: steps with every slot taken."""
     generate_answers(llm, tasks[:1], GREEDY)
     totals = StepTotals(llm.options.max_num_seqs)
     llm.on_step = totals.add
@@ -227,22 +225,6 @@ def one_run(llm: optimus.LLM, tasks: list[Task]) -> dict[str, Any]:
     }
 
 
-def idle(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
-    rows: list[dict[str, Any]] = []
-    for concurrency, mode in itertools.product(args.concurrency, args.modes):
-        llm = engine_at_load(grown, mode, concurrency)
-        tasks = load_tasks(args.tasks, max(2, concurrency))
-        params = optimus.SamplingParams(temperature=0.0, max_tokens=64)
-        generate_answers(llm, tasks[:1], params)
-        events = gpu_trace.record(generate_answers, llm, tasks, params)
-        row = {"mode": mode, "concurrency": concurrency, **gpu_trace.idle_summary(events)}
-        rows.append(row)
-        print(row, flush=True)
-        write({"rows": rows})
-        del llm
-        gc.collect()
-
-
 def kernels(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
     llm = engine_of_steps(grown)
     tables: list[dict[str, Any]] = []
@@ -257,7 +239,7 @@ def kernels(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
 
 
 PARTS = {
-    "accuracy": accuracy, "steps": steps, "throughput": throughput, "idle": idle,
+    "accuracy": accuracy, "steps": steps, "throughput": throughput,
     "kernels": kernels,
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""Profiler traces of the engine on a GPU, summed up: idle time between steps, time by kernel.
+"""Profiler traces of steps on a GPU, summed up by kernel.
 
 Used by gpu_engine.py. The trace is PyTorch's (CUPTI), which times every kernel of a replayed graph
-and costs both the host and the step some time of their own: step times are not for it to measure.
+and costs the step some time of its own, and the host 300 us and more for every launch of a graph:
+step times, and what lies between steps, are not for it to measure (see `idle_us` of gpu_engine.py).
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from optimus.summary import percentile
-
-FIRST_KERNELS = ("open_windows", "build_rows")  # between two steps' forwards
 REPEATS = 5  # of a step, for kernel_table
 
 Event = dict[str, Any]  # name, cat, ts and dur in microseconds
@@ -41,48 +39,6 @@ def kernel_name(event: Event) -> str:
     """Without namespaces, template arguments and parameters."""
     name = re.sub(r"\(anonymous namespace\)::", "", event["name"])
     return re.split(r"[<(]", name.removeprefix("void "))[0].rsplit("::", 1)[-1]
-
-
-def step_idle_us(events: Sequence[Event]) -> list[float]:
-    """From the last kernel of each step's forward to the first of the next one's, but for the
-    kernels in between, which make its rows."""
-    idle: list[float] = []
-    end, busy, is_between = None, 0.0, False
-    for event in events:
-        if event["cat"] != "kernel":
-            continue
-        if any(name in event["name"] for name in FIRST_KERNELS):
-            busy += event["dur"]
-            is_between = True
-            continue
-        if is_between and end is not None:
-            idle.append(max(0.0, event["ts"] - end - busy))
-        end, busy, is_between = max(end or 0.0, event["ts"] + event["dur"]), 0.0, False
-    return idle
-
-
-def idle_summary(events: Sequence[Event]) -> dict[str, Any]:
-    """idle_us: percentiles of what the GPU waits for the host between two steps, the copies of
-    results and plan included; copies: those."""
-    idle_us = step_idle_us(events)
-    num_steps = len(idle_us) + 1
-    copies: dict[str, list[Event]] = defaultdict(list)
-    for event in events:
-        if event["cat"] != "kernel":
-            copies[event["name"]].append(event)
-    return {
-        "num_steps": num_steps,
-        "idle_us": {q: percentile(idle_us, q) for q in (10, 50, 90, 99)},
-        "copies": {
-            name: {
-                "per_step": len(found) / num_steps,
-                "median_us": statistics.median(e["dur"] for e in found),
-                "median_bytes": statistics.median(e["args"].get("bytes", 0) for e in found),
-                "step_us": sum(e["dur"] for e in found) / num_steps,
-            }
-            for name, found in copies.items()
-        },
-    }
 
 
 def kernel_table(events: Sequence[Event]) -> dict[str, Any]:

@@ -63,8 +63,10 @@ void launch_copies(const StreamCopy* copies, int count, cudaStream_t stream) {
   int64_t most_units = 0;
   for (int k = 0; k < count; ++k) {
     const StreamCopy& copy = params.copies[k] = copies[k];
-    OPTIMUS_INVARIANT((reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from) |
-                       copy.stride) % kUnit == 0,
+    OPTIMUS_INVARIANT((reinterpret_cast<uintptr_t>(copy.to) |
+                       reinterpret_cast<uintptr_t>(copy.from) | copy.stride) %
+                              kUnit ==
+                          0,
                       "a copy that is not aligned to ", kUnit, " bytes");
     most_units = std::max(most_units, units_of_piece(copy) * int64_t(copy.count));
   }
@@ -73,8 +75,8 @@ void launch_copies(const StreamCopy* copies, int count, cudaStream_t stream) {
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(
-      std::min<int64_t>(kMostCtas, (most_units + kThreads - 1) / kThreads));
+  config.gridDim =
+      static_cast<unsigned>(std::min<int64_t>(kMostCtas, (most_units + kThreads - 1) / kThreads));
   config.blockDim = kThreads;
   config.stream = stream;
   config.attrs = &overlap;

@@ -103,7 +103,7 @@ class EngineCore {
   std::vector<Commit> new_commits_;                     // of all changes
   std::vector<CommitModel::Observation> observations_;  // of all changes
   StepRecord record_;
-  bool follows_ = false;  // at once behind another step
+  bool follows_ = false;             // at once behind another step
   std::vector<int> committed_rows_;  // of one request
   std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
   int num_unfinished_ = 0;

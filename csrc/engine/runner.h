@@ -43,7 +43,9 @@ class Runner {
   // Of the last finished step, on the device: its forward with unmask, and what lies between that and
   // the one before.
   double forward_ms() const { return timer_of(turn_ - 1).ms(); }
-  double idle_ms() const { return turn_ < 2 ? 0 : timer_of(turn_ - 1).ms_since(timer_of(turn_ - 2)); }
+  double idle_ms() const {
+    return turn_ < 2 ? 0 : timer_of(turn_ - 1).ms_since(timer_of(turn_ - 2));
+  }
 
   // Rows of one sequence over the given pages, none before the first one's position; returns fp32
   // logits [rows, vocab_size].
@@ -97,7 +99,7 @@ class Runner {
   ThreadPool threads_;
   Stream stream_;
   std::array<StreamTimer, 3> timers_;  // of the steps in turn
-  StreamMark counts_are_there_;  // of the step that was started ahead
+  StreamMark counts_are_there_;        // of the step that was started ahead
   Execution execution_;
   Activations activations_;
   DecodeBuffers buffers_;

@@ -80,8 +80,8 @@ class LLM:
         at most 1 GiB, at least one request; on CUDA: what gpu_memory_utilization leaves.
     gpu_memory_utilization: share of the GPU's memory that is in use at most, everybody's counted.
     cuda_graphs: False launches CUDA kernels one by one, with the same results.
-    async_scheduling: plan each step before the results of the one in progress are known, so that the
-        device never waits for the host; not in "elastic_per_request". Default: on CUDA.
+    async_scheduling: plan each step before the results of the one in progress are known, so that
+        the device hardly waits for the host; not in "elastic_per_request". Default: on CUDA.
     max_model_len: most tokens of prompt and output; default max_position_embeddings.
     page_size: tokens per KV page, a multiple or a divisor of block_length.
     enable_prefix_cache: reuse KV of prompts that begin alike.

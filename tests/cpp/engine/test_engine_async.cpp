@@ -49,7 +49,7 @@ struct RunResult {
 };
 
 RunResult run(EngineConfig config, bool async, const std::vector<Job>& jobs,
-        const std::vector<int>& arrivals = {}) {
+              const std::vector<int>& arrivals = {}) {
   config.async_scheduling = async;
   Engine engine(tiny_model(), config);
   RunResult run;
@@ -71,7 +71,8 @@ TEST(EngineAsync, ChangesNoTokenAndAddsNoRow) {
   for (const EngineConfig& config : steady_configs()) {
     for (const auto& when : {std::vector<int>(), arrivals}) {
       SCOPED_TRACE(name(config));
-      const RunResult expected = run(config, false, jobs, when), actual = run(config, true, jobs, when);
+      const RunResult expected = run(config, false, jobs, when),
+                      actual = run(config, true, jobs, when);
       ASSERT_NO_FATAL_FAILURE(expect_same_outcomes(actual.outcomes, expected.outcomes));
       EXPECT_EQ(expected.totals.ahead, 0);
       EXPECT_GT(actual.totals.ahead, actual.totals.steps / 2);
@@ -173,9 +174,8 @@ TEST(EngineAsync, WhatEndsInFlightIsNobodysBusiness) {
       }
       for (auto [id, i] : kept) {
         const Request& request = engine.request(id);
-        ASSERT_NO_FATAL_FAILURE(
-            expect_same_outcomes({{request.output, request.finish_reason, request.metrics}},
-                                 {expected[i]}));
+        ASSERT_NO_FATAL_FAILURE(expect_same_outcomes(
+            {{request.output, request.finish_reason, request.metrics}}, {expected[i]}));
       }
       expect_all_pages_free(engine);
     }

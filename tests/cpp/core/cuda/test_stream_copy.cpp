@@ -26,7 +26,8 @@ TEST_F(CudaStreamCopy, CopiesEveryByteAndNoOther) {
   Stream stream(Device::cuda);
   for (int trial = 0; trial < 60; ++trial) {
     const size_t stride = 16 * random_int(rng, 1, 2000);
-    const size_t count = random_int(rng, 0, 8), bytes = random_int(rng, 0, static_cast<int>(stride));
+    const size_t count = random_int(rng, 0, 8),
+                 bytes = random_int(rng, 0, static_cast<int>(stride));
     const size_t single = random_int(rng, 0, trial % 2 ? 300000 : 40), at = kBytes / 2;
     for (size_t i = 0; i < kBytes; ++i) from.data[i] = static_cast<char>(rng());
     std::memset(to.data, 0x55, kBytes);
