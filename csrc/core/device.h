@@ -57,25 +57,12 @@ class Stream {
   // there; all aligned to 16 bytes. Nothing is done where source and destination are the same.
   void copy(std::initializer_list<StreamCopy> copies);
   void synchronize();
+  // Whether all of it is done. Throws what went wrong.
+  bool is_done();
 
  private:
   Device device_;
   void* handle_ = nullptr;
-};
-
-// A point in a stream that can be waited for while work behind it runs.
-class StreamMark {
- public:
-  explicit StreamMark(Device device);
-  ~StreamMark();
-  StreamMark(const StreamMark&) = delete;
-  StreamMark& operator=(const StreamMark&) = delete;
-
-  void set(Stream& stream);
-  void wait();  // until the stream has come to where it was set last
-
- private:
-  void* event_ = nullptr;  // a cudaEvent_t
 };
 
 // Measures the time that a stream takes from one point to another, whatever the host does meanwhile.

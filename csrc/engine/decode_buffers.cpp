@@ -1,6 +1,9 @@
 #include "engine/decode_buffers.h"
 
 #include <algorithm>
+#include <atomic>
+
+#include "core/check.h"
 
 namespace optimus {
 
@@ -31,9 +34,9 @@ StepResult KeptResult::view() {
 DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, Device device)
     : config_(config),
       plan_(device),
-      counts_array_(device),
       results_(device),
-      row_results_(device, config.max_num_batched_rows) {
+      row_results_(device, config.max_num_batched_rows),
+      early_(device) {
   const size_t slots = config.max_num_seqs, rows = config.max_num_batched_rows;
   const size_t grid = config.grid(), stride = max_pages_per_seq;
   const auto mirror = [](MirroredArrays& arrays, size_t count, auto&... mirrored) {
@@ -49,8 +52,9 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
   mirror(plan_, rows, prefill_tokens_);
   plan_.allocate();
   std::fill_n(denoising_steps_.host, slots, 1);  // slots that nobody had are timed too
-  mirror(counts_array_, 2, counts_);
-  counts_array_.allocate();
+  mirror(results_, 2, counts_);
+  mirror(early_, 2, early_counts_);
+  early_.allocate();
   mirror(results_, slots, block_start_, num_fresh_, num_masked_);
   results_.allocate();
   const auto mirror_rows = [this](auto&... mirrored) { (row_results_.add(mirrored), ...); };
@@ -130,6 +134,8 @@ int DecodeBuffers::most_masks(const Request& request, int chunk_length) const {
 void DecodeBuffers::write_plan(const StepPlan& plan) {
   int num_prefill_tokens = 0;
   num_openings_ = most_logit_rows_ = 0;
+  is_ahead_ = plan.is_ahead;
+  if (is_ahead_) early_counts_.host[0] = -1;
   num_seqs_ = static_cast<int>(plan.seqs.size());
   for (int s = 0; s < num_seqs_; ++s) {
     const SeqPlan& seq = plan.seqs[s];
@@ -185,7 +191,8 @@ BuildRowsParams DecodeBuffers::build_rows_params(int mask_token_id, int pad_rows
           config_.decode_mode == DecodeMode::ar,
           config_.row_mode(),
           pad_rows_to,
-          pad_seqs_to};
+          pad_seqs_to,
+          is_ahead_ && results_.device() != Device::cpu ? early_counts_.host : nullptr};
 }
 
 UnmaskParams DecodeBuffers::unmask_params(const void* logits, const ModelConfig& model,
@@ -203,6 +210,18 @@ UnmaskParams DecodeBuffers::unmask_params(const void* logits, const ModelConfig&
           model.dtype,
           model.vocab_size,
           counts_.device + 1};
+}
+
+std::pair<int, int> DecodeBuffers::wait_for_counts(Stream& stream) const {
+  if (results_.device() == Device::cpu) return {num_rows(), num_logit_rows()};
+  constexpr int kSpins = 1 << 14;  // between two looks for errors
+  const volatile int32_t* counts = early_counts_.host;
+  for (int spin = 1; counts[0] < 0; ++spin) {
+    OPTIMUS_INVARIANT(spin % kSpins != 0 || !stream.is_done() || counts[0] >= 0,
+                      "a step without counts");
+  }
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return {counts[0], counts[1]};
 }
 
 StepResult DecodeBuffers::result(int num_rows, int num_logit_rows) const {
@@ -234,7 +253,7 @@ void DecodeBuffers::write_rows(const HostRows& rows) {
 }
 
 size_t DecodeBuffers::bytes() const {
-  size_t total = plan_.bytes() + counts_array_.bytes() + results_.bytes() + row_results_.bytes() +
+  size_t total = plan_.bytes() + early_.bytes() + results_.bytes() + row_results_.bytes() +
                  window_status_.bytes() + ended_.bytes() + candidate_entropy_.bytes();
   for (const Buffer<int32_t>* buffer :
        {&window_tokens_, &denoise_step_, &token_ids_, &positions_, &kv_limits_, &kv_slots_,

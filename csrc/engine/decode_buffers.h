@@ -3,6 +3,7 @@
 // kernels run; what the host has written goes there in one copy, what it reads comes back in two.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "core/buffer.h"
@@ -59,8 +60,9 @@ class DecodeBuffers {
                                     int pad_seqs_to = 0) const;
   // unmask of the rows that build_rows made, without a workspace; `num_logit_rows` with padding.
   UnmaskParams unmask_params(const void* logits, const ModelConfig& model, int num_logit_rows);
-  // How many rows, and logits rows, build_rows made.
-  void download_counts(Stream& stream) { stream.copy({counts_array_.downloaded()}); }
+  // How many rows, and logits rows, build_rows has made of a plan that is ahead, while it may still be
+  // at it. All that came before in the stream is there then.
+  std::pair<int, int> wait_for_counts(Stream& stream) const;
   void download(Stream& stream, int num_logit_rows) {
     stream.copy({results_.downloaded(), row_results_.downloaded(num_logit_rows)});
   }
@@ -76,7 +78,7 @@ class DecodeBuffers {
   // Of the plan: logits rows at most; if it is not ahead, exactly.
   int most_logit_rows() const { return most_logit_rows_; }
   int num_openings() const { return num_openings_; }
-  // As downloaded.
+  // Downloaded; without a device at once.
   int num_rows() const { return counts_.host[0]; }
   int num_logit_rows() const { return counts_.host[1]; }
   size_t bytes() const;
@@ -88,6 +90,7 @@ class DecodeBuffers {
 
   EngineConfig config_;
   int num_seqs_ = 0, num_openings_ = 0, most_logit_rows_ = 0;
+  bool is_ahead_ = false;  // the plan
 
   // Host to device. The plan as build_rows reads it [max_num_seqs], [max_rows]; windows to open
   // [max_num_seqs]; and those fields of the state that the host alone writes [num_slots]. At the end,
@@ -105,8 +108,10 @@ class DecodeBuffers {
   Mirrored<int32_t> first_output_, end_position_, stop_token_ids_;
 
   // Device to host [2], [num_slots], [max_rows].
-  MirroredArrays counts_array_, results_;
+  MirroredArrays results_;
   MirroredRows row_results_;
+  MirroredArrays early_;
+  Mirrored<int32_t> early_counts_;  // host memory that build_rows writes; negative before
   Mirrored<int32_t> counts_, block_start_, num_fresh_, num_masked_, logit_slots_, logit_offsets_,
       candidate_ids_;
   Mirrored<float> candidate_confidence_, candidate_logprob_;

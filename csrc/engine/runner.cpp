@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <tuple>
 #include <utility>
 
 #include "core/check.h"
@@ -82,7 +83,6 @@ Runner::Runner(const Model& model, const EngineConfig& config)
       stream_(model.device()),
       timers_{StreamTimer(model.device()), StreamTimer(model.device()),
               StreamTimer(model.device())},
-      counts_are_there_(model.device()),
       execution_{model.device(), &threads_, stream_.handle()},
       activations_(model.config(), config.max_num_batched_rows, config.max_num_seqs,
                    model.device()),
@@ -186,9 +186,7 @@ void Runner::start(const StepPlan& plan) {
   build_rows(buffers_.build_rows_params(model_.config().mask_token_id, padded ? shape.rows : 0,
                                         padded ? shape.seqs : 0),
              execution_);
-  buffers_.download_counts(stream_);
   if (plan.is_ahead) {
-    counts_are_there_.set(stream_);
     ahead_ = step;
   } else {
     step_ = step;
@@ -220,9 +218,7 @@ StepResult Runner::finish() {
   const Step done = *step_;
   KeptResult& result = results_[turn_ % 2];
   if (ahead_) {
-    counts_are_there_.wait();  // then so is the result
-    ahead_->rows = buffers_.num_rows();
-    ahead_->logit_rows = buffers_.num_logit_rows();
+    std::tie(ahead_->rows, ahead_->logit_rows) = buffers_.wait_for_counts(stream_);
   } else {
     stream_.synchronize();
     OPTIMUS_INVARIANT(

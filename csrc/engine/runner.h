@@ -99,7 +99,6 @@ class Runner {
   ThreadPool threads_;
   Stream stream_;
   std::array<StreamTimer, 3> timers_;  // of the steps in turn
-  StreamMark counts_are_there_;        // of the step that was started ahead
   Execution execution_;
   Activations activations_;
   DecodeBuffers buffers_;

@@ -276,6 +276,9 @@ struct BuildRowsParams {
   // Padding behind the real rows and logits rows up to `pad_rows_to` (at most max_rows), and empty
   // sequences of page 0 up to `pad_seqs_to` (which StepRows has room for); 0 = none.
   int pad_rows_to = 0, pad_seqs_to = 0;
+  // CUDA only: page-locked memory that gets the counts while the kernel still runs, or null. The
+  // first is written last: who has set it to a negative number can wait for it.
+  int32_t* host_counts = nullptr;  // [2]
 };
 void build_rows(const BuildRowsParams&, const Execution&);
 

@@ -26,6 +26,7 @@ struct Scratch {
   int item_offsets[kThreads];  // of the current chunk of sequences
   int row_begin[kThreads];
   int packed_rows[kThreads];
+  int seqs[kThreads];
   int cost_offsets[kCachedItems];
   Item items[kCachedItems];
   int least_cost, largest_cost;  // of a head
@@ -89,15 +90,41 @@ __device__ int head_cost(const Item& item) {
 // may be without a tile of it, for the merge takes a part from each: so not below any tile_cost.
 constexpr int kMinShareCost = 22;
 
+// What code runs a sequence's items: by the warps that its packed rows fill.
+__device__ int kind_of(int packed) {
+  return packed <= 16 ? 0 : packed <= 32 ? 1 : packed <= 64 ? 2 : 3;
+}
+
+// The chunk's sequences by kind, in order otherwise: code is slow to fetch, so a share should meet few
+// kinds. Not inlined, for what is not called need not be fetched either. Ends with a barrier.
+__device__ __noinline__ void sort_by_kind(Scratch& scratch, int seq, int kind) {
+  // Two counts in an int: neither exceeds kThreads.
+  int low_total, high_total;
+  const int low = exclusive_scan(kind < 2 ? 1 << 16 * kind : 0, scratch.warp_sums, low_total);
+  const int high =
+      exclusive_scan(kind >= 2 ? 1 << 16 * (kind - 2) : 0, scratch.warp_sums, high_total);
+  const int of_0 = low_total & 0xffff, of_1 = low_total >> 16, of_2 = high_total & 0xffff;
+  const int begin = kind == 0 ? 0 : kind == 1 ? of_0 : kind == 2 ? of_0 + of_1 : of_0 + of_1 + of_2;
+  scratch.seqs[begin + ((kind < 2 ? low : high) >> 16 * (kind % 2) & 0xffff)] = seq;
+  __syncthreads();
+}
+
 // Writes all items and their cost offsets; returns the length of the line, `num_items` by reference.
 __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_items) {
   int tid = threadIdx.x, length = 0;
   num_items = 0;
   for (int first_seq = 0; first_seq < args.num_seqs; first_seq += kThreads) {
-    int seq = first_seq + tid, begin = 0, packed = 0;
-    if (seq < args.num_seqs) {
-      begin = args.cu_seqlens_q[seq];
-      packed = (args.cu_seqlens_q[seq + 1] - begin) * args.group;
+    const auto rows_of = [&](int seq, int& begin) {
+      begin = seq < args.num_seqs ? args.cu_seqlens_q[seq] : 0;
+      return seq < args.num_seqs ? (args.cu_seqlens_q[seq + 1] - begin) * args.group : 0;
+    };
+    int seq = first_seq + tid, begin, first_begin, packed = rows_of(seq, begin);
+    const int kind = kind_of(packed), kind_of_first = kind_of(rows_of(first_seq, first_begin));
+    const bool mixed = __syncthreads_or(packed > 0 && kind != kind_of_first);
+    if (mixed) {
+      sort_by_kind(scratch, seq, kind);
+      seq = scratch.seqs[tid];
+      packed = rows_of(seq, begin);
     }
     int chunk_items;
     int offset = exclusive_scan((packed + kMaxPackedRows - 1) / kMaxPackedRows, scratch.warp_sums,
@@ -111,7 +138,8 @@ __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_i
       Item item;
       if (index < chunk_items) {
         int seq_in_chunk = last_not_above(scratch.item_offsets, kThreads, index);
-        item = make_item(args, scratch, seq_in_chunk, first_seq + seq_in_chunk,
+        item = make_item(args, scratch, seq_in_chunk,
+                         mixed ? scratch.seqs[seq_in_chunk] : first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
         cost = head_cost(item) * args.num_kv_heads;
         atomicMin(&scratch.least_cost, head_cost(item));

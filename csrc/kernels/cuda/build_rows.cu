@@ -275,6 +275,13 @@ __device__ void write_padding(const BuildRowsParams& p, const Share& share, int 
   }
 }
 
+// Whatever came before is visible to whoever sees the first count.
+__device__ void tell_host(volatile int32_t* counts, int num_rows, int num_logit_rows) {
+  counts[1] = num_logit_rows;
+  __threadfence_system();
+  counts[0] = num_rows;
+}
+
 __global__ void __launch_bounds__(kThreads, 1) build_rows_kernel(BuildRowsParams p) {
   __shared__ Shared shared;
   wait_for_previous_kernel();
@@ -289,6 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1) build_rows_kernel(BuildRowsParams
       p.rows.counts[0] = num_rows;
       p.rows.counts[1] = num_logit_rows;
       p.rows.cu_seqlens_q[0] = 0;
+      if (p.host_counts != nullptr) tell_host(p.host_counts, num_rows, num_logit_rows);
     }
     for (int seq = thread; seq < max(p.num_seqs, p.pad_seqs_to); seq += kThreads) {
       p.rows.cu_seqlens_q[seq + 1] = seq < p.num_seqs ? shared.first_row[seq + 1] : num_rows;

@@ -292,10 +292,14 @@ TEST(EngineCore, PlanningAheadRefreshesWhatIsDueAndKnowsWhatIsClean) {
           if (request.status != RequestStatus::decoding || request.metrics.nfe == 0) continue;
           ASSERT_EQ(request.num_clean, clean[id]) << "request " << id;
           // Whole blocks behind the one that is due next.
-          if (is_due && id == ids[0]) ASSERT_GE(request.num_clean, request.block_start - kB);
+          if (is_due && id == ids[0]) {
+            ASSERT_GE(request.num_clean, request.block_start - kB);
+          }
         }
         if (driver.core.is_void()) driver.core.drop_plan();
-        if (!started && driver.core.has_unfinished()) ASSERT_TRUE(driver.start(now_s + 0.01));
+        if (!started && driver.core.has_unfinished()) {
+          ASSERT_TRUE(driver.start(now_s + 0.01));
+        }
       }
       EXPECT_GT(num_refreshed, 0);
       EXPECT_EQ(num_ahead > 0, ahead);
