@@ -30,6 +30,7 @@ struct Scratch {
   int cost_offsets[kCachedItems];
   Item items[kCachedItems];
   int least_cost, largest_cost;  // of a head
+  uint32_t kinds;                // of all sequences, a bit each
 };
 
 // Exclusive prefix sum over the CTA; `total` gets the sum. Two barriers.
@@ -95,9 +96,8 @@ __device__ int kind_of(int packed) {
   return packed <= 16 ? 0 : packed <= 32 ? 1 : packed <= 64 ? 2 : 3;
 }
 
-// The chunk's sequences by kind, in order otherwise: code is slow to fetch, so a share should meet few
-// kinds. Not inlined, for what is not called need not be fetched either. Ends with a barrier.
-__device__ __noinline__ void sort_by_kind(Scratch& scratch, int seq, int kind) {
+// The chunk's sequences by kind, in order otherwise. Ends with a barrier.
+__device__ void sort_by_kind(Scratch& scratch, int seq, int kind) {
   // Two counts in an int: neither exceeds kThreads.
   int low_total, high_total;
   const int low = exclusive_scan(kind < 2 ? 1 << 16 * kind : 0, scratch.warp_sums, low_total);
@@ -109,20 +109,21 @@ __device__ __noinline__ void sort_by_kind(Scratch& scratch, int seq, int kind) {
   __syncthreads();
 }
 
-// Writes all items and their cost offsets; returns the length of the line, `num_items` by reference.
-__device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_items) {
-  int tid = threadIdx.x, length = 0;
-  num_items = 0;
+struct Listed {
+  int num_items, length;  // of the line
+};
+
+// Writes all items and their cost offsets. `sorted`: sequences of a kind one behind another.
+__device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool sorted) {
+  int tid = threadIdx.x, length = 0, num_items = 0;
   for (int first_seq = 0; first_seq < args.num_seqs; first_seq += kThreads) {
     const auto rows_of = [&](int seq, int& begin) {
       begin = seq < args.num_seqs ? args.cu_seqlens_q[seq] : 0;
       return seq < args.num_seqs ? (args.cu_seqlens_q[seq + 1] - begin) * args.group : 0;
     };
-    int seq = first_seq + tid, begin, first_begin, packed = rows_of(seq, begin);
-    const int kind = kind_of(packed), kind_of_first = kind_of(rows_of(first_seq, first_begin));
-    const bool mixed = __syncthreads_or(packed > 0 && kind != kind_of_first);
-    if (mixed) {
-      sort_by_kind(scratch, seq, kind);
+    int seq = first_seq + tid, begin, packed = rows_of(seq, begin);
+    if (sorted) {
+      sort_by_kind(scratch, seq, kind_of(packed));
       seq = scratch.seqs[tid];
       packed = rows_of(seq, begin);
     }
@@ -139,11 +140,14 @@ __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_i
       if (index < chunk_items) {
         int seq_in_chunk = last_not_above(scratch.item_offsets, kThreads, index);
         item = make_item(args, scratch, seq_in_chunk,
-                         mixed ? scratch.seqs[seq_in_chunk] : first_seq + seq_in_chunk,
+                         sorted ? scratch.seqs[seq_in_chunk] : first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
         cost = head_cost(item) * args.num_kv_heads;
         atomicMin(&scratch.least_cost, head_cost(item));
         atomicMax(&scratch.largest_cost, head_cost(item));
+        if (item.packed_begin == 0) {
+          atomicOr(&scratch.kinds, 1u << kind_of(scratch.packed_rows[seq_in_chunk]));
+        }
       }
       int total;
       int offset = length + exclusive_scan(cost, scratch.warp_sums, total);
@@ -160,7 +164,7 @@ __device__ int list_items(const ScheduleArgs& args, Scratch& scratch, int& num_i
     num_items += chunk_items;
     __syncthreads();
   }
-  return length;
+  return {num_items, length};
 }
 
 struct Line {
@@ -272,10 +276,20 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   if (threadIdx.x == 0) {
     scratch.largest_cost = 0;
     scratch.least_cost = INT_MAX;
+    scratch.kinds = 0;
   }
   __syncthreads();
-  Line line = {scratch.items, scratch.cost_offsets, 0, 0};
-  line.length = list_items(args, scratch, line.num_items);
+  // Code is slow to fetch: a share should meet few kinds of items. So where there are several, once
+  // more; steps of one kind are common, and short.
+  Listed listed;
+  bool sorted = false;
+#pragma unroll 1
+  while (true) {
+    listed = list_items(args, scratch, sorted);
+    if (sorted || __popc(scratch.kinds) <= 1) break;
+    sorted = true;
+  }
+  Line line = {scratch.items, scratch.cost_offsets, listed.num_items, listed.length};
   if (line.num_items > kCachedItems) {
     line.items = args.ws.items;
     line.offsets = args.ws.cost_offsets;
