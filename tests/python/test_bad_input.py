@@ -239,6 +239,11 @@ def schedule(ranges: dict[str, Any]) -> dict[str, Any]:
         ({"decode_mode": "chunk", "chunk_length": -4}, "chunk_length must be an .* got -4"),
         ({"decode_mode": "elastic", "chunk_arms": [2, 16]}, r"chunk_arms must be .* got 16"),
         ({"chunk_length": 4}, "chunk_length=4 has a meaning in decode_mode 'chunk' only"),
+        ({"async_scheduling": 1.5}, "async_scheduling must be a bool or None, got 1.5"),
+        (
+            {"decode_mode": "elastic_per_request", "async_scheduling": True},
+            "async_scheduling=True has a meaning in .*'elastic' only, got .*_per_request",
+        ),
         ({"decode_mode": "block", "chunk_arms": [2]}, "chunk_arms=.* 'elastic_per_request' only"),
         (
             {"decode_mode": "schedule", "recompute_block": True, "chunk_schedule": {"1-": 4}},

@@ -97,6 +97,21 @@ def test_alone_or_among_sixteen_others(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_planned_ahead(mode: str) -> None:
+    """With steps that are planned before the results of the one in progress are known."""
+    seed = fresh_seed()
+    rng = np.random.default_rng(seed)
+    model = engine_model(random_oracle(seed, vocab_size=VOCAB_SIZE))
+    requests = random_requests(rng, 12)
+    for _, params in requests[::2]:
+        params.stop_token_ids = rng.integers(0, VOCAB_SIZE, 3).tolist()
+    expected = alone(model, requests, **MODES[mode])
+    engine = make_engine(model, **MODES[mode], async_scheduling=True)
+    assert_identical(generate(engine, *zip(*requests)), expected)
+    assert any(record.is_ahead for record in engine.step_records())
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("page_size", [4, 16])
 def test_after_preemption(mode: str, page_size: int) -> None:
     """A pool far too small for the batch. Freeze recomputes the context cleanly, by design, so
