@@ -134,8 +134,7 @@ int DecodeBuffers::most_masks(const Request& request, int chunk_length) const {
 void DecodeBuffers::write_plan(const StepPlan& plan) {
   int num_prefill_tokens = 0;
   num_openings_ = most_logit_rows_ = 0;
-  is_ahead_ = plan.is_ahead;
-  if (is_ahead_) early_counts_.host[0] = -1;
+  early_counts_.host[0] = -1;
   num_seqs_ = static_cast<int>(plan.seqs.size());
   for (int s = 0; s < num_seqs_; ++s) {
     const SeqPlan& seq = plan.seqs[s];
@@ -192,7 +191,7 @@ BuildRowsParams DecodeBuffers::build_rows_params(int mask_token_id, int pad_rows
           config_.row_mode(),
           pad_rows_to,
           pad_seqs_to,
-          is_ahead_ && results_.device() != Device::cpu ? early_counts_.host : nullptr};
+          results_.device() != Device::cpu ? early_counts_.host : nullptr};
 }
 
 UnmaskParams DecodeBuffers::unmask_params(const void* logits, const ModelConfig& model,
@@ -214,9 +213,9 @@ UnmaskParams DecodeBuffers::unmask_params(const void* logits, const ModelConfig&
 
 std::pair<int, int> DecodeBuffers::wait_for_counts(Stream& stream) const {
   if (results_.device() == Device::cpu) return {num_rows(), num_logit_rows()};
-  constexpr int kSpins = 1 << 14;  // between two looks for errors
+  constexpr uint32_t kSpins = 1 << 14;  // between two looks for errors
   const volatile int32_t* counts = early_counts_.host;
-  for (int spin = 1; counts[0] < 0; ++spin) {
+  for (uint32_t spin = 1; counts[0] < 0; ++spin) {
     OPTIMUS_INVARIANT(spin % kSpins != 0 || !stream.is_done() || counts[0] >= 0,
                       "a step without counts");
   }

@@ -60,8 +60,8 @@ class DecodeBuffers {
                                     int pad_seqs_to = 0) const;
   // unmask of the rows that build_rows made, without a workspace; `num_logit_rows` with padding.
   UnmaskParams unmask_params(const void* logits, const ModelConfig& model, int num_logit_rows);
-  // How many rows, and logits rows, build_rows has made of a plan that is ahead, while it may still be
-  // at it. All that came before in the stream is there then.
+  // How many rows, and logits rows, build_rows has made of the last plan, while it may still be at it.
+  // All that came before in the stream is there then, and the plan may be written anew.
   std::pair<int, int> wait_for_counts(Stream& stream) const;
   void download(Stream& stream, int num_logit_rows) {
     stream.copy({results_.downloaded(), row_results_.downloaded(num_logit_rows)});
@@ -90,7 +90,6 @@ class DecodeBuffers {
 
   EngineConfig config_;
   int num_seqs_ = 0, num_openings_ = 0, most_logit_rows_ = 0;
-  bool is_ahead_ = false;  // the plan
 
   // Host to device. The plan as build_rows reads it [max_num_seqs], [max_rows]; windows to open
   // [max_num_seqs]; and those fields of the state that the host alone writes [num_slots]. At the end,

@@ -55,19 +55,33 @@ uint64_t Engine::add_request(std::vector<int32_t> prompt, SamplingParams params)
   return core_.add_request(std::move(prompt), std::move(params), now_s());
 }
 
+// A step that failed takes the others in flight with it. Nobody's tokens are lost: what ran is computed
+// again, if that is possible.
+template <class Work>
+auto Engine::guarded(const Work& work) {
+  try {
+    return work();
+  } catch (...) {
+    runner_.forget_steps();
+    core_.forget_plans();
+    num_started_ = 0;
+    throw;
+  }
+}
+
 bool Engine::start_step() {
   const double begin = now_s();
   const StepPlan& plan = core_.plan(begin);
   if (plan.seqs.empty()) return false;
   const double planned = now_s();
-  runner_.start(plan);
+  guarded([&] { runner_.start(plan); });
   host_[num_started_++] = {ms_between(begin, planned), ms_between(planned, now_s())};
   return true;
 }
 
 void Engine::finish_step() {
   const double begin = now_s();
-  const StepResult result = runner_.finish();
+  const StepResult result = guarded([&] { return runner_.finish(); });
   const double done = now_s();
   core_.apply(result, runner_.forward_ms(), done);
   host_[0].wait_ms = ms_between(begin, done);
@@ -91,7 +105,7 @@ StepOutput Engine::step() {
 // The step in progress, if nobody is left whom it is for.
 void Engine::drop_void_step() {
   if (num_started_ == 0 || !core_.is_void()) return;
-  runner_.finish();
+  guarded([&] { runner_.finish(); });
   core_.drop_plan();
   host_[0] = host_[1];
   --num_started_;

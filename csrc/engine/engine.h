@@ -56,6 +56,8 @@ class Engine {
   bool start_step();   // false: nothing to do, or not before the step in progress is done
   void finish_step();  // to core_.report()
   void drop_void_step();
+  template <class Work>
+  auto guarded(const Work& work);
   std::vector<int> profile_rows() const;
   double median_ms(int rows, int num_seqs, int context, bool with_logits, int repeats,
                    const std::vector<int32_t>& pages);

@@ -91,6 +91,17 @@ bool EngineCore::is_void() const {
 }
 
 void EngineCore::drop_plan() {
+  pop_plan();
+  last_end_s_ = -1;  // its time is nobody's
+}
+
+void EngineCore::forget_plans() {
+  num_planned_ = 0;
+  last_end_s_ = -1;
+  scheduler_.preempt_all();
+}
+
+void EngineCore::pop_plan() {
   OPTIMUS_INVARIANT(num_planned_ > 0, "no plan to drop");
   std::swap(plans_[0], plans_[1]);
   --num_planned_;

@@ -38,6 +38,8 @@ class EngineCore {
   // Whether all requests of the oldest plan have ended since it was made; then it can be dropped.
   bool is_void() const;
   void drop_plan();
+  // After a failure: no plan will be updated. Whoever was running waits again, as after a preemption.
+  void forget_plans();
 
   bool has_unfinished() const { return num_unfinished_ > 0; }
   int num_unfinished() const { return num_unfinished_; }
@@ -87,6 +89,7 @@ class EngineCore {
   int finish(Request& request, FinishReason reason);
   void finish_at_once(Request& request, FinishReason reason);  // between steps
   void forget_in_flight(const Request& request);
+  void pop_plan();
   void count_rows(const StepPlan& plan, const StepResult& result);
   void write_record(const StepPlan& plan, const StepResult& result, double forward_ms);
 

@@ -44,7 +44,7 @@ void EngineCore::apply(const StepResult& result, double forward_ms, double now_s
   follows_ = last_end_s_ >= 0;
   if (follows_) latency_.observe_overhead((now_s_ - last_end_s_) * 1e3 - forward_ms);
   last_end_s_ = num_unfinished_ > 0 ? now_s_ : -1;
-  drop_plan();
+  pop_plan();
 }
 
 // Of the step that is applied, before it is: what it really had.

@@ -175,6 +175,7 @@ void Runner::launch(const Shape& shape) {
 
 void Runner::start(const StepPlan& plan) {
   OPTIMUS_INVARIANT(plan.is_ahead ? step_ && !ahead_ : !step_, "a step started out of turn");
+  if (step_) buffers_.wait_for_counts(stream_);  // its plan is on the device
   buffers_.write_plan(plan);
   const Step step{static_cast<int>(plan.seqs.size()), plan.most_rows, buffers_.most_logit_rows()};
   buffers_.upload(stream_);
@@ -232,6 +233,15 @@ StepResult Runner::finish() {
   if (device() == Device::cuda) keep(done, result);  // the next one's is not on its way yet
   if (step_) fetch(*step_);
   return result.view();
+}
+
+void Runner::forget_steps() noexcept {
+  try {
+    stream_.synchronize();
+  } catch (const std::exception&) {  // what is thrown already says it
+  }
+  step_.reset();
+  ahead_.reset();
 }
 
 void Runner::check_rows(const std::vector<int32_t>& token_ids,

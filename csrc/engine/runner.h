@@ -40,6 +40,8 @@ class Runner {
   // Waits for the step in progress, and launches the one that was started ahead of its end. The result
   // stays until the next call.
   StepResult finish();
+  // After a failure: no step is in progress.
+  void forget_steps() noexcept;
   // Of the last finished step, on the device: its forward with unmask, and what lies between that and
   // the one before.
   double forward_ms() const { return timer_of(turn_ - 1).ms(); }

@@ -131,9 +131,15 @@ const StepPlan& Scheduler::plan(double now_s, const LatencyModel& latency,
   preempted_ = false;
   plan_.clear();
   plan_.is_ahead = is_ahead;
-  if (!secure_decode_pages()) return plan_;
-  admit();
-  if (!plan_decode(latency, commits)) return plan_;
+  bool fits = secure_decode_pages();
+  if (fits) {
+    admit();
+    fits = plan_decode(latency, commits);
+  }
+  if (!fits) {
+    --step_;
+    return plan_;
+  }
   plan_prefill(now_s, latency);
   if (latency.has_profile() && !plan_.seqs.empty())
     plan_.predicted_ms = latency.predict(plan_.load());
@@ -249,6 +255,10 @@ void Scheduler::preempt_youngest() {
   }
   waiting_.push_front(request);
   refused_with_ = -1;
+}
+
+void Scheduler::preempt_all() {
+  while (!running_.empty()) preempt_youngest();
 }
 
 void Scheduler::give_back(Request* request) {

@@ -31,6 +31,8 @@ class Scheduler {
   // results of that one, where pages or rows might not suffice otherwise.
   const StepPlan& plan(double now_s, const LatencyModel& latency, const CommitModel& commits,
                        bool is_ahead = false);
+  // All that run wait again, and are computed anew.
+  void preempt_all();
   // Registers the pages of `request` that are full and clean.
   void cache_clean_pages(Request* request);
 

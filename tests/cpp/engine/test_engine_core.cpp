@@ -307,6 +307,48 @@ TEST(EngineCore, PlanningAheadRefreshesWhatIsDueAndKnowsWhatIsClean) {
   }
 }
 
+// After a failure nothing in flight counts, and everybody gets all tokens all the same.
+TEST(EngineCore, ForgottenPlansAreMadeAgain) {
+  for (DecodeMode mode : {DecodeMode::ar, DecodeMode::block, DecodeMode::chunk}) {
+    EngineConfig config = core_config(mode);
+    Rng rng(5);
+    CoreDriver driver(config);
+    driver.doubt = 3;
+    std::map<uint64_t, int> lengths;
+    for (int i = 0; i < 9; ++i) {
+      lengths[driver.core.add_request(std::vector<int32_t>(10 + i, 1), simulated_params(20 + 3 * i),
+                                      0)] = 20 + 3 * i;
+    }
+    int num_forgotten = 0;
+    bool started = false;
+    for (double now_s = 0; driver.core.has_unfinished(); now_s += 0.01) {
+      if (!started) {
+        ASSERT_TRUE(driver.start(now_s));
+      }
+      KeptResult result;
+      result.keep(driver.commit(), config.max_num_seqs);
+      started = driver.start(now_s);
+      if (random_int(rng, 0, 5) == 0) {
+        driver.core.forget_plans();
+        started = false;
+        ++num_forgotten;
+        continue;
+      }
+      driver.core.apply(result.view(), 2.0, now_s + 0.01);
+      driver.core.report();
+      if (driver.core.is_void()) {
+        driver.core.drop_plan();
+        started = false;
+      }
+    }
+    EXPECT_GT(num_forgotten, 3);
+    for (auto [id, length] : lengths) EXPECT_EQ(driver.core.request(id).num_known, length);
+    PagePool& pool = driver.core.scheduler().pool();
+    driver.core.scheduler().prefix_cache().clear();
+    EXPECT_EQ(pool.num_free(), pool.num_pages());
+  }
+}
+
 TEST(EngineCore, RecordsAddUp) {
   CoreDriver driver(core_config(DecodeMode::elastic_per_request));
   driver.core.latency().set_profile(flat_profile());
