@@ -274,7 +274,8 @@ struct BuildRowsParams {
   bool prefill_causal;
   RowMode mode;
   // Padding behind the real rows and logits rows up to `pad_rows_to` (at most max_rows), and empty
-  // sequences of page 0 up to `pad_seqs_to` (which StepRows has room for); 0 = none.
+  // sequences of page 0 up to `pad_seqs_to` (which StepRows has room for); 0 = none. Where there are
+  // more rows than that, none of these are padded.
   int pad_rows_to = 0, pad_seqs_to = 0;
   // CUDA only: page-locked memory that gets the counts while the kernel still runs, or null. The
   // first is written last: who has set it to a negative number can wait for it.
