@@ -2,7 +2,7 @@
 
 #include <cuda_bf16.h>
 
-#include "kernels/cuda/launch.cuh"
+#include "core/launch.cuh"
 
 namespace optimus::bench {
 namespace {

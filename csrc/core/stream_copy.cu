@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "core/check.h"
-#include "core/cuda_check.h"
+#include "core/launch.cuh"
 
 namespace optimus {
 namespace {
@@ -32,10 +32,7 @@ __device__ __forceinline__ uint4 load(const char* from) {
 }
 
 __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ Copies params) {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
-#endif
+  cuda::wait_for_previous_kernel();
   for (int k = 0; k < params.count; ++k) {
     const StreamCopy& copy = params.copies[k];
     const int64_t units = units_of_piece(copy);
@@ -71,20 +68,8 @@ void launch_copies(const StreamCopy* copies, int count, cudaStream_t stream) {
     most_units = std::max(most_units, units_of_piece(copy) * int64_t(copy.count));
   }
   if (most_units == 0) return;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      static_cast<unsigned>(std::min<int64_t>(kMostCtas, (most_units + kThreads - 1) / kThreads));
-  config.blockDim = kThreads;
-  config.stream = stream;
-  config.attrs = &overlap;
-  int device = 0, major = 0;
-  OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
-  OPTIMUS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  config.numAttrs = major >= 9 ? 1 : 0;
-  OPTIMUS_CUDA_CHECK(cudaLaunchKernelEx(&config, copy_kernel, params));
+  const int64_t ctas = std::min<int64_t>(kMostCtas, cuda::ceil_div(most_units, kThreads));
+  cuda::launch(copy_kernel, {dim3(static_cast<unsigned>(ctas)), dim3(kThreads)}, stream, params);
 }
 
 }  // namespace optimus

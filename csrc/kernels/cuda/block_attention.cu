@@ -1,10 +1,10 @@
 // Host side of block attention: argument checks, the workspace's layout, tensor maps, launches.
 #include <algorithm>
 
+#include "core/launch.cuh"
 #include "kernels/cuda/block_attention_kernel.cuh"
 #include "kernels/cuda/block_attention_schedule.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_map.cuh"
 
 namespace optimus::cuda {

@@ -7,11 +7,11 @@
 // wgmma where it exists: then a team is one warpgroup, or both side by side.
 #pragma once
 
+#include "core/launch.cuh"
 #include "kernels/cuda/block_attention_output.cuh"
 #include "kernels/cuda/block_attention_producer.cuh"
 #include "kernels/cuda/block_attention_warp.cuh"
 #include "kernels/cuda/block_attention_wgmma.cuh"
-#include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda::attention {
 

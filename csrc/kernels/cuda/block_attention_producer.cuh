@@ -4,8 +4,8 @@
 // and apart from each other, for K is done with long before V.
 #pragma once
 
+#include "core/launch.cuh"
 #include "kernels/cuda/block_attention_share.cuh"
-#include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda::attention {
 

@@ -4,7 +4,7 @@
 
 #include <climits>
 
-#include "kernels/cuda/launch.cuh"
+#include "core/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace optimus::cuda::attention {

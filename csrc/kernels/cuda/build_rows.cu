@@ -7,9 +7,9 @@
 #include <cooperative_groups.h>
 
 #include "core/check.h"
+#include "core/launch.cuh"
 #include "kernels/cuda/decode_state.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vector.cuh"
 

@@ -1,7 +1,7 @@
 // Gathers rows of the embedding table: a pure copy, 16 bytes a thread.
 #include "core/check.h"
+#include "core/launch.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace optimus::cuda {

@@ -1,6 +1,6 @@
 #include "kernels/cuda/evict_l2.h"
 
-#include "kernels/cuda/launch.cuh"
+#include "core/launch.cuh"
 
 namespace optimus::cuda {
 namespace {

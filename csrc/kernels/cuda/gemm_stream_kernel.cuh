@@ -17,8 +17,8 @@
 // Code that runs once is slow to fetch: what is behind the products is short loops.
 #pragma once
 
+#include "core/launch.cuh"
 #include "kernels/cuda/activation.cuh"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
 namespace optimus::cuda::stream {

@@ -2,6 +2,14 @@
 // pointers are to memory the GPU can read (index arrays and pointer tables too), and nothing is
 // allocated, synchronised or read back, so that every op can be captured in a CUDA graph. What the
 // CPU twin checks in the data (ids, slots, limits) is the caller's duty here; shapes are checked.
+//
+// Kernels start while those before them run (core/launch.cuh). What they read before they wait for them:
+//   weights           (rms_norm, qk_norm_rope_kv_write, gemm_stream), which nothing in the stream writes;
+//   a step's schedule (block_attention) and the rows it was made of, and the keys and values of steps
+//                     before: the schedule's kernel lets no successor start before it has waited for
+//                     all of them and is done;
+//   the decode state  (unmask's second kernel) and the rows: its first kernel writes none of them, and
+//                     lets the second start only after its own wait.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,8 +1,8 @@
 // Copies whole KV pages, for every layer. A CTA moves one part of one page of one pool; the pools
 // may be page-locked host memory, which the GPU reads and writes in the same 16-byte words.
 #include "core/check.h"
+#include "core/launch.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace optimus::cuda {

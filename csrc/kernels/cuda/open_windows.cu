@@ -1,7 +1,7 @@
 // Starts decode windows: a CTA a window, a thread a position. See OpenWindowsParams.
 #include "core/check.h"
+#include "core/launch.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.cuh"
 
 namespace optimus::cuda {
 namespace {

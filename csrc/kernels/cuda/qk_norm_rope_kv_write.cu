@@ -6,8 +6,8 @@
 // and j + rotary_dim / 2), behind it two neighbours. So the rotation needs no exchange between
 // lanes, and the norm only a sum over the group. Groups are numbered over all heads of all rows.
 #include "core/check.h"
+#include "core/launch.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vector.cuh"
 

@@ -1,8 +1,8 @@
 // RMS norm, with the residual addition in front of it or a gather of rows. One CTA a row: the row
 // stays in registers between the sum of squares and the scaling, so memory is touched once.
 #include "core/check.h"
+#include "core/launch.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vector.cuh"
 

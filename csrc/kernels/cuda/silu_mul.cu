@@ -1,8 +1,8 @@
 // silu(gate) * up, the activation between the two halves of the MLP: one chunk a thread.
 #include "core/check.h"
+#include "core/launch.cuh"
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace optimus::cuda {

@@ -5,8 +5,8 @@
 // fixed order.
 #pragma once
 
+#include "core/launch.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vector.cuh"
 #include "kernels/noise.h"

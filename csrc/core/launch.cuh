@@ -8,13 +8,9 @@
 // holds.
 //
 // What a kernel reads before the wait must not be the work of kernels that may still run: of any
-// before it, as far back as those that allow their successor to start before their own wait. So that is
-//   weights           (rms_norm, qk_norm_rope_kv_write, gemm_stream), which nothing in the stream writes;
-//   a step's schedule (block_attention) and the rows it was made of, and the keys and values of steps
-//                     before: the schedule's kernel lets no successor start before it has waited for
-//                     all of them and is done;
-//   the decode state  (unmask's second kernel) and the rows: its first kernel writes none of them, and
-//                     lets the second start only after its own wait.
+// before it, as far back as those that allow their successor to start before their own wait. What that
+// is here: kernels/cuda/kernels.h.
+//
 // Kernels of libraries are launched plainly and wait for everything.
 #pragma once
 
