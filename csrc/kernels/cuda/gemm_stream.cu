@@ -59,6 +59,8 @@ const std::vector<Variant>& variants() {
     add_variants<64>(found);
     add_variants<96>(found);
     add_variants<128>(found);
+    add_variants<160>(found);
+    add_variants<192>(found);
     return found;
   }();
   return all;
@@ -84,6 +86,9 @@ stream::Args make_args(const GemmParams& params, const StreamGemm& way, const Va
   const int num_tiles = ceil_div(params.n, variant.tile_n), clusters = way.ctas / way.splits;
   args.tiles_each = num_tiles / clusters;
   args.more_tiles = num_tiles % clusters;
+  args.groups = ceil_div(params.rows, 8);
+  args.groups_each = args.groups / way.splits;
+  args.more_groups = args.groups % way.splits;
   args.num_slots = way.num_slots;
   args.num_x_slots = way.num_x_slots;
   args.num_early_copies = way.num_early_copies;
@@ -99,7 +104,8 @@ stream::RingShape make_ring(const StreamGemm& way, const Variant& variant) {
 
 bool fits(const stream::Args& args, const StreamGemm& way, const Variant& variant) {
   const stream::RingShape ring = make_ring(way, variant);
-  const int end_bytes = variant.end_bytes(way.splits, ceil_div(way.tile_rows / 8, way.splits));
+  const int end_bytes =
+      variant.end_bytes(args.adds_up() ? way.splits : 0, ceil_div(way.tile_rows / 8, way.splits));
   const bool has_one_tile = args.tiles_each == 1 && args.more_tiles == 0;
   return args.rows <= way.tile_rows && args.chunks_each >= 1 && way.num_x_slots <= way.num_slots &&
          ring.data_bytes() >= end_bytes && (!args.adds_up() || has_one_tile);
@@ -113,13 +119,39 @@ int shared_bytes_per_cta() {
   return available - kLeftBytes;
 }
 
+int shared_bytes_of(const StreamGemm& way, const Variant& variant) {
+  return kAlignmentBytes + make_ring(way, variant).bytes();
+}
+
+// Clusters of `splits` CTAs that run at once: fewer than would fill the SMs, since a cluster lies in one
+// of the GPU's groups of SMs.
+int clusters_at_once(const StreamGemm& way, const Variant& variant, int splits) {
+  const auto shared_bytes = static_cast<size_t>(shared_bytes_of(way, variant));
+  OPTIMUS_CUDA_CHECK(cudaFuncSetAttribute(
+      variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(splits);
+  config.blockDim = dim3(variant.threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  OPTIMUS_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, variant.kernel, &config));
+  return clusters;
+}
+
 // One wave of CTAs with equal shares: the two finest splits of k that the SMs take, or whole tiles
 // in rounds. Too few CTAs do not keep the memory busy.
-std::vector<std::pair<int, int>> splits_and_ctas(int num_tiles, int num_chunks) {
+std::vector<std::pair<int, int>> splits_and_ctas(const StreamGemm& way, const Variant& variant,
+                                                 int num_tiles, int num_chunks) {
   const int sms = device_properties().num_sms;
   std::vector<std::pair<int, int>> found;
   for (int splits = std::min(kMaxSplits, num_chunks); splits > 1 && found.size() < 2; --splits) {
-    if (splits * num_tiles <= sms) found.emplace_back(splits, splits * num_tiles);
+    if (splits * num_tiles > sms || num_tiles > clusters_at_once(way, variant, splits)) continue;
+    found.emplace_back(splits, splits * num_tiles);
   }
   if (found.size() < 2) found.emplace_back(1, ceil_div(num_tiles, ceil_div(num_tiles, sms)));
   while (found.size() > 1 && found.back().second < kMinBusySms * sms) found.pop_back();
@@ -172,7 +204,7 @@ std::vector<StreamGemm> stream_gemm_candidates(const GemmParams& params) {
     set_slots(way, variant, bytes);
     const int num_tiles = ceil_div(params.n, way.tile_n);
     const int num_chunks = ceil_div(params.k, variant.stage_columns);
-    for (auto [splits, ctas] : splits_and_ctas(num_tiles, num_chunks)) {
+    for (auto [splits, ctas] : splits_and_ctas(way, variant, num_tiles, num_chunks)) {
       way.splits = splits;
       way.ctas = ctas;
       if (!fits(make_args(params, way, variant), way, variant)) continue;
@@ -194,7 +226,7 @@ void stream_gemm(const GemmParams& params, const StreamGemm& way, cudaStream_t s
   const CUtensorMap weight_map =
       make_tensor_map("gemm", params.packed_weight, params.n, params.k, way.tile_n);
   const CUtensorMap x_map = make_tensor_map("gemm", params.x, params.rows, params.k, way.tile_rows);
-  const int shared_bytes = kAlignmentBytes + make_ring(way, variant).bytes();
+  const int shared_bytes = shared_bytes_of(way, variant);
   OPTIMUS_CUDA_CHECK(cudaFuncSetAttribute(
       variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   launch(variant.kernel,

@@ -8,7 +8,7 @@
 
 namespace optimus::cuda {
 
-constexpr int kStreamGemmMaxRows = 128;
+constexpr int kStreamGemmMaxRows = 192;
 
 // One way to run it. The rows of x are padded to tile_rows. The grid is `ctas` CTAs, of which `splits`
 // share the k of a tile (then ctas = splits * tiles) or which take tiles in turn.

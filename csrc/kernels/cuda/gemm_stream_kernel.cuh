@@ -28,8 +28,10 @@ struct Args {
   int rows, n;
   int splits;  // CTAs of a cluster, which share a tile; 1: the CTAs take tiles in turn
   // The stages that cover k, by the CTAs of a cluster, and the tiles that cover n, by the clusters: each
-  // takes so many, the first `more` one more. The kernel starts without divisions.
+  // takes so many, the first `more` one more. The kernel divides nothing: that is much code.
   int chunks_each, more_chunks, tiles_each, more_tiles;
+  // Groups of 8 rows, which the CTAs of a cluster add up: `rank`, rank + splits, ...
+  int groups, groups_each, more_groups;
   int num_slots;         // stages of the weight in shared memory
   int num_x_slots;       // stages of x; at most num_slots
   int num_early_copies;  // of the weight under way at a time, before the kernel's turn
@@ -39,10 +41,8 @@ struct Args {
 
   // Sums go through shared memory; then a CTA has one tile.
   __host__ __device__ bool adds_up() const { return splits > 1 || out_is_float; }
-  __host__ __device__ int groups() const { return (rows + 7) / 8; }
-  // Row groups that a CTA of a cluster adds up: `rank`, rank + splits, ...
   __host__ __device__ int owned_groups(int rank) const {
-    return (groups() - rank + splits - 1) / splits;
+    return groups_each + (rank < more_groups);
   }
 };
 
@@ -53,12 +53,14 @@ struct Tile {
   static constexpr int kWeightBoxBytes = kTileN * 128, kXBoxBytes = kTileRows * 128;
   static constexpr int kWeightBytes = kBoxes * kWeightBoxBytes, kXBytes = kBoxes * kXBoxBytes;
   static constexpr int kConsumers = kTileN * 2, kThreads = kConsumers + 64;
-  // A bound on registers, which leaves some for the small kernels that share the SM.
-  static constexpr int kBound = kTileN == 192 && kTileRows > 64 ? 544 : kThreads;
+  // A bound on registers: up to 128 rows of x it leaves some for the small kernels that share the SM.
+  static constexpr int kBound =
+      kTileN == 192 && kTileRows > 64 && kTileRows <= 128 ? 544 : kThreads;
   static constexpr int kGroups = kTileRows / 8;  // a thread's sums are in groups of 8 rows of x
   static constexpr int kGroupBytes = kConsumers * 16;   // a group's sums in fp32
   static constexpr int kOutRowBytes = kTileN * 2 + 16;  // on the way out; padded against conflicts
-  // Over the rings at the end: the sums of the row groups a CTA owns, and its rows on the way out.
+  // Over the rings at the end: the sums of the row groups a CTA owns, of all splits if there are sums
+  // to add up, and its rows on the way out.
   static constexpr int end_bytes(int splits, int groups_each) {
     return groups_each * (splits * kGroupBytes + 8 * kOutRowBytes);
   }
@@ -216,7 +218,7 @@ struct Consumer {
         meet();  // the rings are free
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) stage(staged, group, sums[group]);
-        store_staged(staged, tile, args.groups(), 0, 1);
+        store_staged(staged, tile, args.groups, 0, 1);
       }
     }
   }
@@ -262,7 +264,7 @@ struct Consumer {
   // move down to where the loop takes them: unrolled, this would be most of the kernel's code.
   __device__ __forceinline__ void store(Sums& sums, int tile) const {
 #pragma unroll 1
-    for (int group = 0; group < args.groups(); ++group) {
+    for (int group = 0; group < args.groups; ++group) {
       store(tile, group, sums[0]);
 #pragma unroll
       for (int i = 1; i < kGroups; ++i) {
@@ -349,7 +351,7 @@ struct Consumer {
     int owner = 0, place = rank * most_owned;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      if (group < args.groups()) {
+      if (group < args.groups) {
         const uint32_t at = mine + place * Shape::kGroupBytes;
         if (owner == rank) {
           ptx::store_shared(ring.data + at, sums[group]);

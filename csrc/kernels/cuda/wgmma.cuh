@@ -77,6 +77,10 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount][4]) {
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define OPTIMUS_REGISTERS_3 \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define OPTIMUS_REGISTERS_4 \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define OPTIMUS_REGISTERS_5 \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 // ------------------------------------------------------------- products with A in registers
 
@@ -170,6 +174,28 @@ __device__ __forceinline__ void wgmma(float (&d)[16][4], uint64_t a, uint64_t b,
       : OPTIMUS_SUMS_16(d, 0)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
+__device__ __forceinline__ void wgmma(float (&d)[20][4], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %82, 0; "
+      "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 {" OPTIMUS_REGISTERS_0
+      ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2 ", " OPTIMUS_REGISTERS_3
+      ", " OPTIMUS_REGISTERS_4
+      "}, "
+      "%80, %81, p, 1, 1, 0, 0; }"
+      : OPTIMUS_SUMS_16(d, 0), OPTIMUS_SUMS_4(d, 16)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+__device__ __forceinline__ void wgmma(float (&d)[24][4], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %98, 0; "
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" OPTIMUS_REGISTERS_0
+      ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2 ", " OPTIMUS_REGISTERS_3
+      ", " OPTIMUS_REGISTERS_4 ", " OPTIMUS_REGISTERS_5
+      "}, "
+      "%96, %97, p, 1, 1, 0, 0; }"
+      : OPTIMUS_SUMS_16(d, 0), OPTIMUS_SUMS_8(d, 16)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
 
 #undef OPTIMUS_SUMS_1
 #undef OPTIMUS_SUMS_2
@@ -180,6 +206,8 @@ __device__ __forceinline__ void wgmma(float (&d)[16][4], uint64_t a, uint64_t b,
 #undef OPTIMUS_REGISTERS_1
 #undef OPTIMUS_REGISTERS_2
 #undef OPTIMUS_REGISTERS_3
+#undef OPTIMUS_REGISTERS_4
+#undef OPTIMUS_REGISTERS_5
 
 }  // namespace optimus::cuda
 

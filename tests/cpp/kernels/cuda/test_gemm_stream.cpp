@@ -101,7 +101,7 @@ class CudaGemmStream : public GpuTest {
 
 TEST_F(CudaGemmStream, EveryWayMatchesTheCpuTwin) {
   Rng rng(161);
-  for (int rows : {1, 2, 7, 8, 9, 16, 23, 32, 33, 57, 64, 65, 97, 120, 128}) {
+  for (int rows : {1, 2, 7, 8, 9, 16, 23, 32, 33, 57, 64, 65, 97, 120, 128, 129, 161, 192}) {
     const int n = 8 * random_int(rng, 1, 150), k = 8 * random_int(rng, 1, 160);
     check_all_ways(rng, rows, n, k, DType::bfloat16);
     if (HasFatalFailure()) return;
@@ -117,7 +117,7 @@ TEST_F(CudaGemmStream, EdgesOfTilesAndStages) {
                            {192, 192}, {200, 1032}, {1024, 8},   {56, 4096}, {4096, 72},
                            {384, 520}, {1032, 512}, {9000, 136}, {17000, 64}};
   for (auto [n, k] : shapes) {
-    for (int rows : {1, 13, 40, 128}) {
+    for (int rows : {1, 13, 40, 128, 150, 192}) {
       check_all_ways(rng, rows, n, k, DType::bfloat16);
       if (HasFatalFailure()) return;
     }
@@ -128,7 +128,7 @@ TEST_F(CudaGemmStream, SiluOfGatesInTurn) {
   Rng rng(165);
   for (auto [intermediate, k] :
        {std::pair(8, 64), {96, 520}, {104, 4096}, {1288, 256}, {9000, 136}, {13000, 72}}) {
-    for (int rows : {1, 13, 40, 64, 75, 96, 128}) {
+    for (int rows : {1, 13, 40, 64, 75, 96, 128, 131, 160, 189}) {
       check_silu(rng, rows, intermediate, k);
       if (HasFatalFailure()) return;
     }
@@ -136,11 +136,11 @@ TEST_F(CudaGemmStream, SiluOfGatesInTurn) {
   EXPECT_GT(num_ways, 80u);
   EXPECT_GT(num_splits, 40u);
   DeviceBuffer<char> data(1 << 16);
-  GemmParams params{data.data(), data.data(), data.data(),     129,
+  GemmParams params{data.data(), data.data(), data.data(),     193,
                     64,          64,          DType::bfloat16, DType::bfloat16};
   EXPECT_FALSE(cuda::gemm_takes_silu(params));
   params.silu = true;
-  expect_invalid([&] { cuda::gemm(params, nullptr); }, "silu is not for rows 129");
+  expect_invalid([&] { cuda::gemm(params, nullptr); }, "silu is not for rows 193");
 }
 
 // Rows are independent of one another: with NaN in one row of x, the others keep their bits.
@@ -194,7 +194,7 @@ TEST_F(CudaGemmStream, ChainsInAGraphEqualPlainLaunches) {
   }
   cudaStream_t stream = nullptr;
   OPTIMUS_CUDA_CHECK(cudaStreamCreate(&stream));
-  for (int rows : {1, 8, 31, 64, 127}) {
+  for (int rows : {1, 8, 31, 64, 127, 160, 185}) {
     SCOPED_TRACE(concat("rows ", rows));
     Tensor start = random_tensor(rng, DType::bfloat16, size_t(rows) * kHidden);
     DeviceTensor hidden(start), residual(start);
