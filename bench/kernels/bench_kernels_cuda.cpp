@@ -234,7 +234,14 @@ class Bench {
                         workspace_.data(),
                         workspace_.size()};
     };
-    cuda::plan_gemm(params(0), /*measure=*/true, stream_);
+    const int planned =
+        2 + static_cast<int>((size_t(128) << 20) / weight);  // more than caches hold
+    cuda::plan_gemms(
+        {params(0)},
+        [&] {
+          for (int i = 0; i < planned; ++i) cuda::gemm(params(i), stream_);
+        },
+        stream_);
     gemm_kernel_ = cuda::describe_gemm(params(0));
     return time_us(stream_, launches,
                    [&](int i, cudaStream_t stream) { cuda::gemm(params(i), stream); });

@@ -1,5 +1,5 @@
 // The four products of an SDAR-8B layer as a step runs them: with the small kernels between, layer
-// after layer over distinct weights, in one CUDA graph; by what plan_gemm chooses, by the streaming
+// after layer over distinct weights, in one CUDA graph; by what plan_gemms chooses, by the streaming
 // kernel alone and by the library's kernels alone. What a small kernel costs there, its neighbours'
 // overlap included, is told by the chain without it.
 //
@@ -19,8 +19,8 @@ namespace {
 
 constexpr DType kType = DType::bfloat16;
 constexpr size_t kElement = 2;
-constexpr int kLayers = 6;
-constexpr int kRows[] = {1, 8, 16, 32, 64, 96, 128, 192, 256};
+constexpr int kLayers = 6, kPlannedLayers = 3;
+constexpr int kRows[] = {1, 8, 16, 32, 64, 96, 128, 144, 160, 192, 256};
 constexpr int kMaxRows = 256;
 constexpr int kHidden = 4096, kIntermediate = 12288, kPageSize = 64;
 constexpr int kQHeads = 32, kKvHeads = 8, kHeadDim = 128;
@@ -62,7 +62,7 @@ class Bench {
   void run() {
     for (int rows : kRows) {
       run(rows, "planned", cuda::GemmKernels::any);
-      if (rows <= 128) run(rows, "streaming", cuda::GemmKernels::stream);
+      if (rows <= 192) run(rows, "streaming", cuda::GemmKernels::stream);
       run(rows, "cuBLASLt", cuda::GemmKernels::library);
     }
   }
@@ -105,10 +105,16 @@ class Bench {
     return 4.0 * kPage / us * 1e-3;  // K and V, read and written
   }
 
+  // Whether gate_up gives the activation, so that silu_mul is not needed.
+  bool gives_silu(int rows) {
+    return cuda::gemm_takes_silu(params_of(kGateUpProduct, rows, weights_.data(), false));
+  }
   GemmParams params(int product, int rows, char* weight) {
+    return params_of(product, rows, weight, product == kGateUpProduct && gives_silu(rows));
+  }
+  GemmParams params_of(int product, int rows, char* weight, bool silu) {
     constexpr int kX[] = {kNormed, kQ, kNormed, kActivated};
     constexpr int kOut[] = {kQkv, kHiddenStates, kGateUp, kHiddenStates};
-    const bool silu = silu_ && product == kGateUpProduct;
     return {buffers_[kX[product]].data(),
             weight,
             buffers_[silu ? kActivated : kOut[product]].data(),
@@ -124,24 +130,28 @@ class Bench {
 
   void run(int rows, const char* whose, cuda::GemmKernels kernels) {
     const auto begin = std::chrono::steady_clock::now();
-    std::string chosen;
-    char* weight = weights_.data();
-    silu_ = false;
-    silu_ = kernels != cuda::GemmKernels::library &&
-            cuda::gemm_takes_silu(params(kGateUpProduct, rows, weight));
+    std::vector<GemmParams> products;
     for (int i = 0; i < kProducts; ++i) {
-      const GemmParams product = params(i, rows, weight);
-      cuda::plan_gemm(product, /*measure=*/true, stream_, kernels);
-      chosen += concat(" ", kLayer[i].name, " by ", cuda::describe_gemm(product), ";");
-      weight += kLayer[i].bytes();
+      products.push_back(params_of(i, rows, weights_.data(), /*silu=*/false));
     }
+    products[kGateUpProduct].silu = true;
+    const auto chain = [&] {
+      for (int layer = 0; layer < kPlannedLayers; ++layer)
+        run_layer(layer, rows, kAllKernels, stream_);
+    };
+    cuda::plan_gemms(products, chain, stream_, kernels);
     const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
+    std::string chosen;
+    for (int i = 0; i < kProducts; ++i) {
+      chosen += concat(" ", kLayer[i].name, " by ",
+                       cuda::describe_gemm(params(i, rows, weights_.data())), ";");
+    }
     time(concat(whose, ", products alone"), rows, 0);
     time(concat(whose, ", chain"), rows, kAllKernels);
     if (kernels == cuda::GemmKernels::any) {
       time("  without rms_norm", rows, kAllKernels & ~5u);
       time("  without qk_norm_rope_kv_write", rows, kAllKernels & ~2u);
-      if (!silu_) time("  without silu_mul", rows, kAllKernels & ~8u);
+      if (!gives_silu(rows)) time("  without silu_mul", rows, kAllKernels & ~8u);
     }
     std::printf("  planned in %.0f ms:%s\n", ms.count(), chosen.c_str());
   }
@@ -165,14 +175,18 @@ class Bench {
   }
 
   // Bit i of `small_kernels`: with the one before product i.
+  void run_layer(int layer, int rows, unsigned small_kernels, cudaStream_t stream) {
+    char* weight = weights_.data() + layer * layer_bytes();
+    for (int i = 0; i < kProducts; ++i) {
+      if ((small_kernels >> i & 1) && !(i == 3 && gives_silu(rows))) small_kernel(i, rows, stream);
+      cuda::gemm(params(i, rows, weight), stream);
+      weight += kLayer[i].bytes();
+    }
+  }
+
   void time(const std::string& what, int rows, unsigned small_kernels) {
     double us = time_us(stream_, kLayers, [&](int layer, cudaStream_t stream) {
-      char* weight = weights_.data() + layer * layer_bytes();
-      for (int i = 0; i < kProducts; ++i) {
-        if ((small_kernels >> i & 1) && !(i == 3 && silu_)) small_kernel(i, rows, stream);
-        cuda::gemm(params(i, rows, weight), stream);
-        weight += kLayer[i].bytes();
-      }
+      run_layer(layer, rows, small_kernels, stream);
     });
     const double bytes = double(layer_bytes()), flops = bytes * rows;
     results_.push_back(
@@ -188,7 +202,6 @@ class Bench {
   DeviceBuffer<float> inv_freq_{kHeadDim / 2};
   Ceilings ceilings_;
   std::vector<Result> results_;
-  bool silu_ = false;  // the gate_up product gives the activation, and silu_mul is not needed
 };
 
 }  // namespace

@@ -48,13 +48,15 @@ size_t block_attention_workspace_bytes(const BlockAttentionParams& params,
   return 0;
 }
 
-void plan_gemm(const GemmParams& params, const Execution& execution) {
+void plan_gemms(const std::vector<GemmParams>& products, const std::function<void()>& chain,
+                const Execution& execution) {
 #if defined(OPTIMUS_WITH_CUDA)
   if (execution.device == Device::cuda) {
-    cuda::plan_gemm(params, /*measure=*/true, static_cast<cudaStream_t>(execution.stream));
+    cuda::plan_gemms(products, chain, static_cast<cudaStream_t>(execution.stream));
   }
 #else
-  static_cast<void>(params);
+  static_cast<void>(products);
+  static_cast<void>(chain);
   static_cast<void>(execution);
 #endif
 }

@@ -15,6 +15,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/execution.h"
@@ -82,10 +84,15 @@ struct GemmParams {
 };
 constexpr size_t kGemmWorkspaceBytes = size_t(32) << 20;
 void gemm(const GemmParams&, const Execution&);
-// Before serving: measures the ways to compute this shape on the given buffers, which it overwrites,
-// and keeps the fastest for later calls. Does nothing on the CPU.
-void plan_gemm(const GemmParams&, const Execution&);
-// Whether gemm takes these with `silu`.
+// Before serving: chooses, for products of one number of rows, the kernels that make `chain` the fastest.
+// It calls gemm for each of them, and runs whatever lies between them in a step, over weights that no
+// cache holds: kernels overlap, so what one costs depends on its neighbours. A product with `silu`
+// stands for the one without too (its out has room for n columns), and gemm_takes_silu says from then
+// on which of the two is faster. Products that have been planned keep their kernels. Does nothing on
+// the CPU.
+void plan_gemms(const std::vector<GemmParams>& products, const std::function<void()>& chain,
+                const Execution&);
+// Whether gemm takes these with `silu` and, where that was planned, it pays.
 bool gemm_takes_silu(const GemmParams&, const Execution&);
 size_t packed_gemm_weight_size(int n, int k);  // elements
 // weight [n, k] (row-major) -> packed; CPU only, done once at load.

@@ -49,13 +49,16 @@ void Linear::finish_loading() {
   staging_ = Buffer<char>();
 }
 
-GemmParams Linear::gemm_params(const void* x, void* out, int rows, Buffer<char>& workspace) const {
-  return {x, weight_.data(), out, rows, n_, k_, dtype_, dtype_, workspace.data(), workspace.size()};
+GemmParams Linear::params(const void* x, void* out, int rows, Buffer<char>& workspace,
+                          bool silu) const {
+  return {
+      x,   weight_.data(), out, rows, n_, k_, dtype_, dtype_, workspace.data(), workspace.size(),
+      silu};
 }
 
 bool Linear::gives_silu(const void* x, void* out, int rows, Buffer<char>& workspace,
                         const Execution& execution) const {
-  return in_turn_ && gemm_takes_silu(gemm_params(x, out, rows, workspace), execution);
+  return in_turn_ && gemm_takes_silu(params(x, out, rows, workspace), execution);
 }
 
 void Linear::run(const void* x, void* out, int rows, Buffer<char>& workspace,
@@ -63,17 +66,8 @@ void Linear::run(const void* x, void* out, int rows, Buffer<char>& workspace,
   if (device_ == Device::cpu && row_major_) {
     bf16_gemm(x, weight_.data(), out, rows, n_, k_, *execution.threads);
   } else {
-    GemmParams params = gemm_params(x, out, rows, workspace);
-    params.silu = silu;
-    gemm(params, execution);
+    gemm(params(x, out, rows, workspace, silu), execution);
   }
-}
-
-void Linear::plan(const void* x, void* out, int rows, Buffer<char>& workspace,
-                  const Execution& execution) const {
-  GemmParams params = gemm_params(x, out, rows, workspace);
-  params.silu = gives_silu(x, out, rows, workspace, execution);
-  plan_gemm(params, execution);
 }
 
 }  // namespace optimus

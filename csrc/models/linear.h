@@ -38,14 +38,12 @@ class Linear {
   bool is_in_turn() const { return in_turn_; }
   bool gives_silu(const void* x, void* out, int rows, Buffer<char>& workspace,
                   const Execution& execution) const;
-  // Before serving: chooses how `rows` rows are computed, on the given buffers.
-  void plan(const void* x, void* out, int rows, Buffer<char>& workspace,
-            const Execution& execution) const;
+  // What run() hands to the kernels.
+  GemmParams params(const void* x, void* out, int rows, Buffer<char>& workspace,
+                    bool silu = false) const;
   size_t bytes() const { return staging_.size() + weight_.size(); }
 
  private:
-  GemmParams gemm_params(const void* x, void* out, int rows, Buffer<char>& workspace) const;
-
   int n_ = 0, k_ = 0;
   DType dtype_ = DType::float32;
   Device device_ = Device::cpu;

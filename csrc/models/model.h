@@ -101,7 +101,10 @@ class Model {
   void expect(const std::string& name, std::vector<int64_t> shape, Destination destination);
   BlockAttentionParams attention_params(int layer_idx, const ForwardBatch& batch, KvCache& kv_cache,
                                         Activations& activations) const;
+  void norm(const void* x, void* residual, const Buffer<char>& weight, int rows, Activations&,
+            const Execution&) const;
   bool run_gate_up(const Layer&, int rows, Activations&, const Execution&) const;
+  void mlp(const Layer&, int rows, Activations&, const Execution&) const;
   void attention(const Layer& layer, int layer_idx, const ForwardBatch& batch, KvCache& kv_cache,
                  Activations& activations, const Execution& execution) const;
 

@@ -1,6 +1,7 @@
 // Qwen3 (and SDAR, the same backbone): pre-norm attention with per-head QK-norm and half-split
 // rotary embedding, SwiGLU, no biases. Source: Hugging Face transformers, modeling_qwen3 (layout of
 // names and shapes only).
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -292,34 +293,43 @@ bool Model::run_gate_up(const Layer& layer, int rows, Activations& a, const Exec
   return silu;
 }
 
+// normed -> hidden.
+void Model::mlp(const Layer& layer, int rows, Activations& a, const Execution& e) const {
+  if (!run_gate_up(layer, rows, a, e)) {
+    silu_mul({a.gate_up.data(), a.activated.data(), rows, config_.intermediate_size, config_.dtype,
+              layer.gate_up.is_in_turn()},
+             e);
+  }
+  layer.down.run(a.activated.data(), a.hidden.data(), rows, a.gemm_workspace, e);
+}
+
+// x, added to the residual if there is one -> normed.
+void Model::norm(const void* x, void* residual, const Buffer<char>& weight, int rows,
+                 Activations& a, const Execution& e) const {
+  rms_norm({x, residual, nullptr, weight.data(), a.normed.data(), rows, config_.hidden_size,
+            config_.rms_norm_eps, config_.dtype},
+           e);
+}
+
 void Model::forward(const ForwardBatch& b, KvCache& kv, Activations& a, const Execution& e) const {
   const ModelConfig& c = config_;
-  auto norm = [&](const void* x, void* residual, const Buffer<char>& weight) {
-    rms_norm({x, residual, nullptr, weight.data(), a.normed.data(), b.num_rows, c.hidden_size,
-              c.rms_norm_eps, c.dtype},
-             e);
-  };
   const bool tied = c.tie_word_embeddings;
   block_attention_schedule(attention_params(0, b, kv, a), e);
   embedding({tied ? lm_head_.weight() : embedding_.data(), b.token_ids, a.residual.data(),
              b.num_rows, c.hidden_size, c.dtype, tied && lm_head_.is_packed()},
             e);
-  norm(a.residual.data(), nullptr, layers_[0].input_norm);
+  norm(a.residual.data(), nullptr, layers_[0].input_norm, b.num_rows, a, e);
   for (int i = 0; i < c.num_layers; ++i) {
     const Layer& layer = layers_[i];
     attention(layer, i, b, kv, a, e);
-    norm(a.hidden.data(), a.residual.data(), layer.post_attention_norm);
-    if (!run_gate_up(layer, b.num_rows, a, e)) {
-      silu_mul({a.gate_up.data(), a.activated.data(), b.num_rows, c.intermediate_size, c.dtype,
-                layer.gate_up.is_in_turn()},
-               e);
-    }
-    layer.down.run(a.activated.data(), a.hidden.data(), b.num_rows, a.gemm_workspace, e);
-    if (i + 1 < c.num_layers) norm(a.hidden.data(), a.residual.data(), layers_[i + 1].input_norm);
+    norm(a.hidden.data(), a.residual.data(), layer.post_attention_norm, b.num_rows, a, e);
+    mlp(layer, b.num_rows, a, e);
+    if (i + 1 == c.num_layers) break;
+    norm(a.hidden.data(), a.residual.data(), layers_[i + 1].input_norm, b.num_rows, a, e);
   }
   if (b.num_logit_rows == 0) return;
   // Normed first and gathered then: rms_norm gathers distinct rows only, and padding repeats row 0.
-  norm(a.hidden.data(), a.residual.data(), final_norm_);
+  norm(a.hidden.data(), a.residual.data(), final_norm_, b.num_rows, a, e);
   embedding(
       {a.normed.data(), b.logit_rows, a.hidden.data(), b.num_logit_rows, c.hidden_size, c.dtype},
       e);
@@ -337,12 +347,43 @@ void Model::run_gemms(int rows, Activations& a, const Execution& e) const {
 }
 
 void Model::plan(int rows, Activations& a, const Execution& e) const {
-  const Layer& layer = layers_[0];
-  layer.qkv.plan(a.normed.data(), a.qkv.data(), rows, a.gemm_workspace, e);
-  layer.o.plan(a.attended.data(), a.hidden.data(), rows, a.gemm_workspace, e);
-  layer.gate_up.plan(a.normed.data(), a.gate_up.data(), rows, a.gemm_workspace, e);
-  layer.down.plan(a.activated.data(), a.hidden.data(), rows, a.gemm_workspace, e);
-  lm_head_.plan(a.hidden.data(), a.logits.data(), rows, a.gemm_workspace, e);
+  // Layers whose weights no cache holds, if there are as many.
+  constexpr size_t kMoreThanCaches = size_t(128) << 20;
+  const Layer& first = layers_[0];
+  const size_t layer_bytes =
+      first.qkv.bytes() + first.o.bytes() + first.gate_up.bytes() + first.down.bytes();
+  const auto least_layers =
+      static_cast<int>(std::max<size_t>(3, kMoreThanCaches / layer_bytes + 1));
+  const int num_layers = std::min(config_.num_layers, least_layers);
+  const auto add_and_norm = [&](const Buffer<char>& weight) {
+    norm(a.hidden.data(), a.residual.data(), weight, rows, a, e);
+  };
+  const auto chain = [&] {
+    for (int i = 0; i < num_layers; ++i) {
+      const Layer& layer = layers_[i];
+      add_and_norm(layer.input_norm);
+      layer.qkv.run(a.normed.data(), a.qkv.data(), rows, a.gemm_workspace, e);
+      add_and_norm(layer.post_attention_norm);  // for attention, which depends on the step
+      layer.o.run(a.attended.data(), a.hidden.data(), rows, a.gemm_workspace, e);
+      add_and_norm(layer.post_attention_norm);
+      mlp(layer, rows, a, e);
+    }
+  };
+  const auto params = [&](const Linear& linear, const Buffer<char>& x, Buffer<char>& out) {
+    return linear.params(x.data(), out.data(), rows, a.gemm_workspace);
+  };
+  GemmParams gate_up = params(first.gate_up, a.normed, a.gate_up);
+  gate_up.silu = first.gate_up.is_in_turn();
+  plan_gemms({gate_up, params(first.down, a.activated, a.hidden),
+              params(first.qkv, a.normed, a.qkv), params(first.o, a.attended, a.hidden)},
+             chain, e);
+  plan_gemms(
+      {params(lm_head_, a.hidden, a.logits)},
+      [&] {
+        add_and_norm(final_norm_);
+        lm_head_.run(a.hidden.data(), a.logits.data(), rows, a.gemm_workspace, e);
+      },
+      e);
 }
 
 }  // namespace optimus

@@ -1,17 +1,20 @@
 // gemm on the GPU: which kernel computes which shape, the library's or the streaming one.
 //
-// A kernel is chosen once per bucket of rows, n, k and types, by the library's heuristic or by
-// measurement (plan_gemm), and kept; a later call looks it up and launches.
+// A kernel is chosen once per bucket of rows, n, k and types and kept; a call looks it up and launches.
+// plan_gemms chooses by measurement: each candidate takes its turn in a chain of products as a step has
+// them. Alone, kernels do not show what they cost there: the streaming one reads weights while its
+// neighbours run, and the library's let nothing behind them start early.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <set>
 #include <tuple>
 #include <variant>
 #include <vector>
 
-#include "core/device_buffer.h"
-#include "kernels/cuda/evict_l2.h"
+#include "core/cuda_check.h"
 #include "kernels/cuda/gemm_cublaslt.h"
 #include "kernels/cuda/gemm_stream.h"
 #include "kernels/cuda/kernels.h"
@@ -50,17 +53,70 @@ bool launch(const GemmParams& params, const Choice& choice, cudaStream_t stream)
   return cublaslt_gemm(params, std::get<CublasLtGemm>(choice), stream);
 }
 
+void check_params(const GemmParams& params) {
+  OPTIMUS_CHECK(params.rows >= 0 && params.n >= 1 && params.k >= 1,
+                "[gemm] need rows >= 0, n >= 1, k >= 1, got ", params.rows, ", ", params.n, ", ",
+                params.k);
+  OPTIMUS_CHECK(params.dtype == DType::bfloat16 || params.out_dtype == DType::float32,
+                "[gemm] float32 inputs need a float32 output, got ", dtype_name(params.out_dtype));
+  const size_t row_bytes = params.k * dtype_size(params.dtype);
+  const size_t out_bytes = params.n * dtype_size(params.out_dtype);
+  OPTIMUS_CHECK(row_bytes % kGemmAlignment == 0 && out_bytes % kGemmAlignment == 0,
+                "[gemm] rows of x and out must be multiples of ", kGemmAlignment, " bytes, got ",
+                row_bytes, " and ", out_bytes);
+  if (params.rows == 0) return;
+  OPTIMUS_CHECK(!params.silu || stream_gemm_takes(params), "[gemm] silu is not for rows ",
+                params.rows, ", n ", params.n, ", k ", params.k, " here");
+  OPTIMUS_CHECK(params.x != nullptr && params.packed_weight != nullptr && params.out != nullptr,
+                "[gemm] null pointer for x, packed_weight or out");
+}
+
 // -------------------------------------------------------------------------------------- measurement
 
-// Times a kernel where a step has it: between small kernels, with its weight out of the L2 cache. The
-// streaming kernel reads weights while its neighbours run, which a measurement of it alone would miss.
+// A way to compute a product; if that is one with silu, with the activation or without.
+struct Candidate {
+  GemmParams product;
+  bool silu;
+  Choice choice;
+
+  GemmParams params() const {
+    GemmParams params = product;
+    params.silu = silu;
+    return params;
+  }
+};
+
+// By itself; and a kernel's first launch takes long.
+bool runs(const Candidate& candidate, cudaStream_t stream) {
+  try {
+    return launch(candidate.params(), candidate.choice, stream);
+  } catch (const std::runtime_error&) {  // of the library
+    return false;
+  }
+}
+
+// Those that run.
+std::vector<Candidate> candidates(const GemmParams& product, GemmKernels kernels,
+                                  cudaStream_t stream) {
+  std::vector<Candidate> found;
+  const auto add = [&](bool silu, const Choice& choice) {
+    if (runs({product, silu, choice}, stream)) found.push_back({product, silu, choice});
+  };
+  if (kernels != GemmKernels::library) {
+    for (const StreamGemm& way : stream_gemm_candidates(product)) add(product.silu, way);
+  }
+  if (kernels != GemmKernels::stream) {
+    for (const CublasLtGemm& way : cublaslt_gemm_candidates(product)) add(false, way);
+  }
+  OPTIMUS_CHECK(!found.empty(), "[gemm] no kernel of those allowed takes rows ", product.rows,
+                ", n ", product.n, ", k ", product.k, " here");
+  return found;
+}
+
 class Stopwatch {
  public:
-  Stopwatch(const GemmParams& params, cudaStream_t stream)
-      : params_(params),
-        stream_(stream),
-        evictor_(stream),
-        scratch_(dtype_size(params.dtype) * params.rows * params.k) {
+  Stopwatch(const std::function<void()>& chain, cudaStream_t stream)
+      : chain_(chain), stream_(stream) {
     OPTIMUS_CUDA_CHECK(cudaEventCreate(&begin_));
     OPTIMUS_CUDA_CHECK(cudaEventCreate(&end_));
   }
@@ -71,74 +127,23 @@ class Stopwatch {
   Stopwatch(const Stopwatch&) = delete;
   Stopwatch& operator=(const Stopwatch&) = delete;
 
-  // Milliseconds; infinite when the choice does not run.
-  float time(const Choice& choice) {
-    evictor_.evict(stream_);
+  // Milliseconds of the chain behind another run of it, which also gives the host a start.
+  float time() {
+    chain_();
     OPTIMUS_CUDA_CHECK(cudaEventRecord(begin_, stream_));
-    neighbour();  // for the end of the product before
-    neighbour();
-    bool runs = false;
-    try {
-      runs = launch(params_, choice, stream_);
-    } catch (const std::runtime_error&) {  // of the library
-    }
-    neighbour();
+    chain_();
     OPTIMUS_CUDA_CHECK(cudaEventRecord(end_, stream_));
     OPTIMUS_CUDA_CHECK(cudaEventSynchronize(end_));
     float ms = 0;
     OPTIMUS_CUDA_CHECK(cudaEventElapsedTime(&ms, begin_, end_));
-    return runs ? ms : HUGE_VALF;
-  }
-
-  float median(const Choice& choice, int repeats) {
-    std::vector<float> ms(repeats);
-    for (float& time_ms : ms) time_ms = time(choice);
-    std::nth_element(ms.begin(), ms.begin() + repeats / 2, ms.end());
-    return ms[repeats / 2];
+    return ms;
   }
 
  private:
-  void neighbour() {
-    rms_norm({params_.x, nullptr, nullptr, params_.packed_weight, scratch_.data(), params_.rows,
-              params_.k, 1e-6f, params_.dtype},
-             stream_);
-  }
-
-  const GemmParams& params_;
+  const std::function<void()>& chain_;
   cudaStream_t stream_;
-  L2Evictor evictor_;
-  DeviceBuffer<char> scratch_;
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
 };
-
-Choice fastest(const GemmParams& params, const std::vector<Choice>& found, cudaStream_t stream) {
-  constexpr int kScreening = 3, kRepeats = 9;
-  constexpr size_t kFinalists = 5;
-  Stopwatch stopwatch(params, stream);
-  // A kernel of the library keeps those behind it from starting early, which no measurement of one
-  // product shows: in chains of a layer's products it lost this much against equal times here.
-  constexpr float kLibraryHandicap = 1.05f;
-  // Nor that SMs without a tile are missed more in a step than alone: gate_up of 64 rows by 96 CTAs took
-  // 55 us there, by 128 CTAs 47, and as long alone.
-  constexpr float kIdleHandicap = 0.15f;
-  auto handicap = [](const Choice& choice) {
-    const auto* way = std::get_if<StreamGemm>(&choice);
-    if (way == nullptr) return kLibraryHandicap;
-    return way->splits > 1 ? 1.0f : 1 + kIdleHandicap * idle_sms(*way);
-  };
-  std::vector<std::pair<float, const Choice*>> ranked;
-  for (const Choice& choice : found) {
-    if (stopwatch.time(choice) == HUGE_VALF) continue;  // and a warm-up
-    ranked.emplace_back(handicap(choice) * stopwatch.median(choice, kScreening), &choice);
-  }
-  if (ranked.empty()) return found.front();
-  std::sort(ranked.begin(), ranked.end());
-  ranked.resize(std::min(ranked.size(), kFinalists));
-  for (auto& [ms, choice] : ranked) {
-    ms = handicap(*choice) * stopwatch.median(*choice, kRepeats);
-  }
-  return *std::min_element(ranked.begin(), ranked.end())->second;
-}
 
 // --------------------------------------------------------------------------------------------- plans
 
@@ -159,31 +164,83 @@ class Plans {
                   ", k ", params.k);
   }
 
-  void plan(const GemmParams& params, bool measure, cudaStream_t stream, GemmKernels kernels) {
+  void plan(const std::vector<GemmParams>& products, const std::function<void()>& chain,
+            cudaStream_t stream, GemmKernels kernels) {
+    std::vector<std::vector<Candidate>> open;
+    for (GemmParams product : products) {
+      product.silu = product.silu && !stream_gemm_candidates(product).empty();
+      check_params(product);
+      if (product.rows == 0 || (kernels == GemmKernels::any && is_planned(product))) continue;
+      open.push_back(candidates(product, kernels, stream));
+    }
+    if (open.empty()) return;
+    for (const std::vector<Candidate>& found : open) keep(found.front());
+    Stopwatch stopwatch(chain, stream);
+    for (const std::vector<Candidate>& found : open) {
+      keep(fastest(found, stopwatch));
+      std::lock_guard lock(mutex_);
+      planned_.insert(key(found.front().product));
+    }
+  }
+
+  bool takes_silu(const GemmParams& params) {
+    constexpr int kMostUnplannedRows = 128;  // beyond, the library is the better guess
     std::lock_guard lock(mutex_);
-    const Shape bucket = shape_of(params, rows_bucket(params.rows));
-    if (kernels == GemmKernels::any && choices_.count(bucket)) return;
-    std::vector<Choice> found;
-    if (kernels != GemmKernels::stream && !params.silu) {
-      for (const CublasLtGemm& choice : cublaslt_gemm_candidates(params)) found.push_back(choice);
+    auto [pays, is_new] = silu_pays_.try_emplace(key(params));
+    if (is_new) {
+      pays->second = params.rows <= kMostUnplannedRows && !stream_gemm_candidates(params).empty();
     }
-    if (kernels == GemmKernels::stream || (kernels == GemmKernels::any && measure) || params.silu) {
-      for (const StreamGemm& way : stream_gemm_candidates(params)) found.push_back(way);
-    }
-    OPTIMUS_CHECK(!found.empty(), "[gemm] the streaming kernel does not take rows ", params.rows,
-                  ", n ", params.n, ", k ", params.k, " here");
-    choices_.insert_or_assign(bucket, measure ? fastest(params, found, stream) : found.front());
+    return pays->second;
   }
 
   std::string describe(const GemmParams& params) {
     std::lock_guard lock(mutex_);
-    auto choice = choices_.find(shape_of(params, rows_bucket(params.rows)));
+    auto choice = choices_.find(key(params));
     if (choice == choices_.end()) return "unplanned";
     if (const auto* way = std::get_if<StreamGemm>(&choice->second)) return cuda::describe(*way);
     return concat("cuBLASLt ", std::get<CublasLtGemm>(choice->second).index);
   }
 
  private:
+  static Shape key(const GemmParams& params) { return shape_of(params, rows_bucket(params.rows)); }
+
+  bool is_planned(const GemmParams& product) {
+    std::lock_guard lock(mutex_);
+    return planned_.count(key(product)) > 0;
+  }
+
+  void keep(const Candidate& candidate) {
+    std::lock_guard lock(mutex_);
+    choices_.insert_or_assign(key(candidate.params()), candidate.choice);
+    if (candidate.product.silu) silu_pays_[key(candidate.product)] = candidate.silu;
+  }
+
+  // The best of a product's candidates in the chain, the other products as they are. Leaves behind the
+  // last that was tried.
+  const Candidate& fastest(const std::vector<Candidate>& found, Stopwatch& stopwatch) {
+    constexpr int kRounds = 7;
+    constexpr size_t kFinalists = 5;
+    std::vector<std::pair<float, const Candidate*>> ranked;
+    for (const Candidate& candidate : found) {
+      keep(candidate);
+      ranked.emplace_back(stopwatch.time(), &candidate);
+    }
+    std::sort(ranked.begin(), ranked.end());
+    ranked.resize(std::min(ranked.size(), kFinalists));
+    std::vector<std::vector<float>> times(ranked.size());
+    for (int round = 0; round < kRounds; ++round) {  // in turns: the clock may change
+      for (size_t i = 0; i < ranked.size(); ++i) {
+        keep(*ranked[i].second);
+        times[i].push_back(stopwatch.time());
+      }
+    }
+    for (size_t i = 0; i < ranked.size(); ++i) {
+      std::nth_element(times[i].begin(), times[i].begin() + kRounds / 2, times[i].end());
+      ranked[i].first = times[i][kRounds / 2];
+    }
+    return *std::min_element(ranked.begin(), ranked.end())->second;
+  }
+
   // What `key` was planned with, or the library's first proposal for `rows`.
   const Choice& find(const GemmParams& params, int key, int rows) {
     const Shape shape = shape_of(params, key);
@@ -199,31 +256,15 @@ class Plans {
 
   std::mutex mutex_;
   std::map<Shape, Choice> choices_;  // by bucket; by negative exact rows where that fails
+  std::map<Shape, bool> silu_pays_;  // by bucket, of products with it; a guess where unplanned
+  std::set<Shape> planned_;
 };
-
-void check_params(const GemmParams& params) {
-  OPTIMUS_CHECK(params.rows >= 0 && params.n >= 1 && params.k >= 1,
-                "[gemm] need rows >= 0, n >= 1, k >= 1, got ", params.rows, ", ", params.n, ", ",
-                params.k);
-  OPTIMUS_CHECK(params.dtype == DType::bfloat16 || params.out_dtype == DType::float32,
-                "[gemm] float32 inputs need a float32 output, got ", dtype_name(params.out_dtype));
-  const size_t row_bytes = params.k * dtype_size(params.dtype);
-  const size_t out_bytes = params.n * dtype_size(params.out_dtype);
-  OPTIMUS_CHECK(row_bytes % kGemmAlignment == 0 && out_bytes % kGemmAlignment == 0,
-                "[gemm] rows of x and out must be multiples of ", kGemmAlignment, " bytes, got ",
-                row_bytes, " and ", out_bytes);
-  if (params.rows == 0) return;
-  OPTIMUS_CHECK(!params.silu || stream_gemm_takes(params), "[gemm] silu is not for rows ",
-                params.rows, ", n ", params.n, ", k ", params.k, " here");
-  OPTIMUS_CHECK(params.x != nullptr && params.packed_weight != nullptr && params.out != nullptr,
-                "[gemm] null pointer for x, packed_weight or out");
-}
 
 }  // namespace
 
-void plan_gemm(const GemmParams& params, bool measure, cudaStream_t stream, GemmKernels kernels) {
-  check_params(params);
-  if (params.rows > 0) Plans::instance().plan(params, measure, stream, kernels);
+void plan_gemms(const std::vector<GemmParams>& products, const std::function<void()>& chain,
+                cudaStream_t stream, GemmKernels kernels) {
+  Plans::instance().plan(products, chain, stream, kernels);
 }
 
 void gemm(const GemmParams& params, cudaStream_t stream) {
@@ -234,7 +275,7 @@ void gemm(const GemmParams& params, cudaStream_t stream) {
 bool gemm_takes_silu(const GemmParams& params) {
   GemmParams with_silu = params;
   with_silu.silu = true;
-  return !stream_gemm_candidates(with_silu).empty();
+  return stream_gemm_takes(with_silu) && Plans::instance().takes_silu(with_silu);
 }
 
 std::string describe_gemm(const GemmParams& params) { return Plans::instance().describe(params); }

@@ -241,8 +241,4 @@ std::string describe(const StreamGemm& way) {
                 way.num_early_copies, " early");
 }
 
-float idle_sms(const StreamGemm& way) {
-  return std::max(0.0f, 1 - static_cast<float>(way.ctas) / device_properties().num_sms);
-}
-
 }  // namespace optimus::cuda

@@ -26,7 +26,5 @@ std::vector<StreamGemm> stream_gemm_candidates(const GemmParams&);
 // Any rows up to tile_rows; shapes as the way was made for.
 void stream_gemm(const GemmParams&, const StreamGemm&, cudaStream_t);
 std::string describe(const StreamGemm&);
-// The part of the SMs that has no CTA of it.
-float idle_sms(const StreamGemm&);
 
 }  // namespace optimus::cuda

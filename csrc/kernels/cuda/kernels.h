@@ -14,7 +14,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
 #include <string>
+#include <vector>
 
 #include "kernels/ops.h"
 
@@ -30,17 +32,16 @@ void build_rows(const BuildRowsParams&, cudaStream_t);
 void unmask(const UnmaskParams&, cudaStream_t);
 size_t unmask_workspace_bytes(int num_logit_rows, int vocab_size);
 void gemm(const GemmParams&, cudaStream_t);
-bool gemm_takes_silu(const GemmParams&);  // the streaming kernel's alone
-// Whose kernels gemm may take: the library's, or for up to 128 rows in bf16 the streaming kernel (with
+bool gemm_takes_silu(const GemmParams&);
+// Whose kernels gemm may take: the library's, or for up to 192 rows in bf16 the streaming kernel (with
 // silu the latter alone).
 enum class GemmKernels : uint8_t { any, library, stream };
-// At start-up, outside of graph capture: chooses the kernel of these rows (and the others of their
-// bucket: multiples of 8 up to 256, of 64 up to 1024, then of 512), n, k and types once, by the
-// library's heuristic or, with `measure`, by running the candidates on the given buffers. Unplanned
-// calls take the heuristic's first proposal. All calls need the workspace that planning had. With
-// `kernels` other than any, plans anew.
-void plan_gemm(const GemmParams&, bool measure, cudaStream_t,
-               GemmKernels kernels = GemmKernels::any);
+// At start-up, outside of graph capture: see plan_gemms in kernels/ops.h. The kernel of a product serves
+// the other rows of its bucket too: multiples of 8 up to 256, of 64 up to 1024, then of 512. With
+// `kernels` other than any, products are planned anew. Unplanned calls take the library heuristic's
+// first proposal. All calls need the workspace that planning had.
+void plan_gemms(const std::vector<GemmParams>& products, const std::function<void()>& chain,
+                cudaStream_t, GemmKernels kernels = GemmKernels::any);
 // The kernel that gemm takes for these, in words.
 std::string describe_gemm(const GemmParams&);
 void block_attention(const BlockAttentionParams&, cudaStream_t);

@@ -47,8 +47,10 @@ TEST_F(CudaGemm, MatchesDoublePrecision) {
         GemmParams params{
             device_x.data(), device_weight.data(), device_out.data(), rows, n, k, dtype,
             out_dtype,       workspace.data(),     workspace.size()};
-        // The first rows of a bucket are planned, by measurement or not; the others find the plan.
-        if (rows % 2 == 1) cuda::plan_gemm(params, rows == 5, nullptr);
+        // The first rows of a bucket are planned; the others find the plan.
+        if (rows % 2 == 1) {
+          cuda::plan_gemms({params}, [&] { cuda::gemm(params, nullptr); }, nullptr);
+        }
         cuda::gemm(params, nullptr);
         expect_near_twin(device_out.read(), expected);
       }
@@ -80,7 +82,7 @@ TEST_F(CudaGemm, EveryPlanGivesTheProduct) {
         {cuda::GemmKernels::stream, "stream"}};
     for (auto [kernels, name] : plans) {
       if (kernels == cuda::GemmKernels::stream && !cuda::stream_gemm_takes(params)) continue;
-      cuda::plan_gemm(params, /*measure=*/rows != 27, nullptr, kernels);
+      cuda::plan_gemms({params}, [&] { cuda::gemm(params, nullptr); }, nullptr, kernels);
       SCOPED_TRACE(concat("rows ", rows, ": ", cuda::describe_gemm(params)));
       EXPECT_THAT(cuda::describe_gemm(params), ::testing::StartsWith(name));
       DeviceTensor out(Tensor(DType::bfloat16, expected.size()));
@@ -90,6 +92,62 @@ TEST_F(CudaGemm, EveryPlanGivesTheProduct) {
       params.out = device_out.data();
     }
   }
+}
+
+// Of a product with silu: what gemm_takes_silu says is what the chain was fastest with, and either way
+// gives the result.
+TEST_F(CudaGemm, PlansDecideAboutSilu) {
+  Rng rng(153);
+  DeviceBuffer<char> workspace(kGemmWorkspaceBytes);
+  const int rows = 40, intermediate = 328, n = 2 * intermediate, k = 520;
+  Tensor x = random_tensor(rng, DType::bfloat16, size_t(rows) * k);
+  Tensor weight = random_tensor(rng, DType::bfloat16, size_t(n) * k, 2 / std::sqrt(float(k)));
+  Tensor packed(DType::bfloat16, packed_gemm_weight_size(n, k));
+  Tensor products(DType::float32, size_t(rows) * n);
+  Tensor twin(DType::float32, size_t(rows) * intermediate);
+  pack_gemm_weight(weight.data(), packed.data(), n, k, DType::bfloat16);
+  cpu::gemm({x.data(), packed.data(), products.data(), rows, n, k, DType::bfloat16, DType::float32},
+            pool);
+  cpu::silu_mul({products.data(), twin.data(), rows, intermediate, DType::float32, true}, pool);
+  DeviceTensor device_x(x), device_weight(weight);
+  DeviceTensor gate_up(Tensor(DType::bfloat16, products.size()));
+  const Tensor poison(DType::bfloat16, twin.size());
+  DeviceTensor scratch(poison);
+  char* activated = scratch.data();
+  GemmParams product{
+      device_x.data(), device_weight.data(), gate_up.data(),   rows, n, k, DType::bfloat16,
+      DType::bfloat16, workspace.data(),     workspace.size(), true};
+  if (!cuda::stream_gemm_takes(product)) GTEST_SKIP() << "needs compute capability 9.0";
+  int num_with = 0, num_without = 0;
+  const auto chain = [&] {
+    GemmParams params = product;
+    params.silu = cuda::gemm_takes_silu(product);
+    if (params.silu) params.out = activated;
+    cuda::gemm(params, nullptr);
+    ++(params.silu ? num_with : num_without);
+    if (params.silu) return;
+    cuda::silu_mul({gate_up.data(), activated, rows, intermediate, DType::bfloat16, true}, nullptr);
+  };
+  for (cuda::GemmKernels kernels :
+       {cuda::GemmKernels::any, cuda::GemmKernels::library, cuda::GemmKernels::stream}) {
+    SCOPED_TRACE(static_cast<int>(kernels));
+    num_with = num_without = 0;
+    cuda::plan_gemms({product}, chain, nullptr, kernels);
+    EXPECT_EQ(num_with > 0, kernels != cuda::GemmKernels::library);
+    EXPECT_EQ(num_without > 0, kernels != cuda::GemmKernels::stream);
+    if (kernels != cuda::GemmKernels::any) {
+      EXPECT_EQ(cuda::gemm_takes_silu(product), kernels == cuda::GemmKernels::stream);
+    }
+    DeviceTensor result(poison);
+    activated = result.data();
+    chain();
+    activated = scratch.data();
+    expect_near_twin(result.read(), twin);
+  }
+  // What is planned stays.
+  num_with = num_without = 0;
+  cuda::plan_gemms({product}, chain, nullptr);
+  EXPECT_EQ(num_with + num_without, 0);
 }
 
 TEST_F(CudaGemm, RejectsBadArguments) {
