@@ -102,7 +102,8 @@ void pack_gemm_weight(const void* weight, void* packed, int n, int k, DType dtyp
 
 // Splits qkv, normalises each q and k head (RMS, when the weights are given), rotates the first
 // `rotary_dim` elements of each head (half-split pairs: element j with j + rotary_dim / 2, angle
-// position * inv_freq[j]), writes q, and writes k and v to their pages.
+// position * inv_freq[j]), writes q, and writes k and v to their pages. On CUDA positions and kv_slots
+// are read while the kernel before this one may still run: they are the step's, not a layer's.
 struct QkNormRopeKvWriteParams {
   const void* qkv;            // [rows, (num_q_heads + 2 * num_kv_heads) * head_dim]
   const void* q_norm_weight;  // [head_dim], or null

@@ -38,6 +38,7 @@ struct Consumer {
     do {
       // What follows from the lane is worked out anew for each piece: registers are short.
       asm volatile("" : "+r"(lane));
+      __builtin_assume(lane >= 0 && lane < 32);
       int packed = piece.item.packed_count;
       const bool whole = piece.whole(), begun_here = piece.at.tile == 0;
       if (!whole && threadIdx.x == 0) pieces.note(args, piece);
@@ -57,7 +58,7 @@ struct Consumer {
   __device__ __forceinline__ Queries find(const Piece& piece) {
     int packed = piece.item.packed_count;
     int row_warps = packed <= 16 ? 1 : packed <= 32 ? 2 : packed <= 64 ? 4 : 8;
-    return find_queries(args, piece, warp % row_warps * 16, lane);
+    return find_queries(args, piece, (warp & (row_warps - 1)) * 16, lane);
   }
   __device__ __forceinline__ Queries fetch(const Piece& piece) {
     const Queries queries = find(piece);
@@ -96,8 +97,7 @@ struct Consumer {
     if (tile_key + kTileKeys > piece.item.first_limit) {
       mask<kHeadDim, kKeys>(state, scores, tile_key + first_row, lane);
     }
-    bool moved = advance_softmax<kHeadDim, kKeys>(state, scores, args.scale_log2, factors);
-    if (__any_sync(~0u, moved)) rescale(state, factors);
+    if (advance_softmax(state, scores, args.scale_log2, factors)) rescale(state, factors);
     ptx::barrier_wait(ring.v_full(at.slot), at.phase);
     int keys_left = piece.item.last_limit - tile_key - first_row;
     if (keys_left < kKeys) {
@@ -236,7 +236,7 @@ struct Consumer {
     if ((tile + 1) * kTileKeys > first_limit) {
       mask<kHeadDim, kTileKeys>(state, scores, tile * kTileKeys, lane);
     }
-    bool moved = advance_tall_softmax(state, scores, args.scale_log2, factors);
+    bool rescales = advance_softmax(state, scores, args.scale_log2, factors);
     // V must be there before the product that follows. Its barrier's address depends on the softmax,
     // in truth by nothing, so that the compiler does not put that off until after the waits.
     uint32_t nothing = state.sum[0] + state.sum[1] < 0 ? 8 : 0;
@@ -247,7 +247,7 @@ struct Consumer {
       release_v(held.slot);
     }
     pin(state.out);
-    if (moved) rescale(state, factors);
+    if (rescales) rescale(state, factors);
 #pragma unroll
     for (int step = 0; step < kTileKeys / 16; ++step) {
       pack_step(p[step], scores[2 * step], scores[2 * step + 1]);
@@ -278,6 +278,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Ring ring = {raw_address + padding,
                ptx::shared_address(after_slots + Layout::kSums + Layout::kMaxSum)};
   int warp = ptx::of_warp(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
+  __builtin_assume(warp >= 0 && warp < kThreads / 32);
 
   if (threadIdx.x == 0) {
 #if defined(OPTIMUS_SM90)
@@ -287,6 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #else
     constexpr int kFills = 32;  // every lane of the producer of K or V
 #endif
+#pragma unroll 1
     for (int slot = 0; slot < args.num_slots; ++slot) {
       ptx::barrier_init(ring.k_full(slot), kFills);
       ptx::barrier_init(ring.v_full(slot), kFills);

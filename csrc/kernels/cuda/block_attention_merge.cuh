@@ -87,30 +87,33 @@ __device__ __forceinline__ bool wait_for_parts(const AttentionArgs& args, const 
 }
 
 // Rows packed, packed + step, ... of the piece, kRows of them, eight columns each; kParts of each row
-// are loaded together, for there is little else to wait for.
+// are loaded together, for there is little else to wait for. Where there are fewer rows or parts, one
+// that there is is loaded again, for nothing: that is less code than not to.
 template <int kHeadDim, int kRows, int kParts>
 __device__ __forceinline__ void merge_rows(const AttentionArgs& args, const CutPiece& cut,
                                            int packed, int step, int column) {
+  const int partial_rows = args.ws.partial_rows, last_part = cut.merge.num_parts - 1;
   float total[kRows][8] = {}, max[kRows], sum[kRows] = {};
 #pragma unroll
   for (int i = 0; i < kRows; ++i) max[i] = -INFINITY;
-  for (int first = 0; first < cut.merge.num_parts; first += kParts) {
+  for (int first = 0; first <= last_part; first += kParts) {
     float2 ml[kRows][kParts];
     float4 part[kRows][kParts][2];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kParts; ++j) {
+      // As partial_row() has it.
+      const int from = min(first + j, last_part);
+      const int slot = cut.merge.first_share * 2 + (from == 0 ? 1 : 2 * from);
 #pragma unroll
-      for (int j = 0; j < kParts; ++j) {
-        ml[i][j] = {-INFINITY, 0};
-        part[i][j][0] = part[i][j][1] = {};
-        if (first + j >= cut.merge.num_parts || packed + i * step >= cut.packed_count) continue;
-        const size_t at = partial_row(args, cut.merge.first_share + first + j, first + j == 0) +
-                          packed + i * step;
+      for (int i = 0; i < kRows; ++i) {
+        const int row = packed + i * step < cut.packed_count ? packed + i * step : packed;
+        const int at = slot * partial_rows + row;
         const float* sums = args.ws.partial_out + at * kHeadDim + column;
         // Past the L1, which may hold the sums of the layer before.
-        ml[i][j] = __ldcg(&args.ws.partial_ml[at]);
+        ml[i][j] = __ldcg(args.ws.partial_ml + at);
         part[i][j][0] = __ldcg(reinterpret_cast<const float4*>(sums));
         part[i][j][1] = __ldcg(reinterpret_cast<const float4*>(sums) + 1);
+        if (first + j > last_part) ml[i][j].x = -INFINITY;
       }
     }
 #pragma unroll
@@ -144,8 +147,9 @@ __device__ __forceinline__ void merge_rows(const AttentionArgs& args, const CutP
       pairs[k] = ptx::pack_bf16(total[i][2 * k] * factor, total[i][2 * k + 1] * factor);
     }
     const int at = cut.first_packed + packed + i * step;
-    const size_t head = static_cast<size_t>(at / args.group) * args.num_q_heads +
-                        cut.head * args.group + at % args.group;
+    const int row = row_of(args, at);
+    const size_t head =
+        static_cast<size_t>(row) * args.num_q_heads + (cut.head - row) * args.group + at;
     *reinterpret_cast<uint4*>(args.out + head * kHeadDim + column) = {pairs[0], pairs[1], pairs[2],
                                                                       pairs[3]};
   }
@@ -161,7 +165,7 @@ __device__ __forceinline__ void merge_every(const AttentionArgs& args, const Cut
   const int column = threadIdx.x % kLanesPerRow * 8, stride = kRowsAtOnce * step;
   if (packed >= cut.packed_count) return;
   if (cut.packed_count <= stride) {
-    merge_rows<kHeadDim, 1, 8>(args, cut, packed, stride, column);
+    merge_rows<kHeadDim, 1, 4>(args, cut, packed, stride, column);
   } else if (cut.packed_count <= 2 * stride) {
     merge_rows<kHeadDim, 2, 4>(args, cut, packed, stride, column);
   } else {

@@ -110,17 +110,23 @@ struct Output {
 
   __device__ __forceinline__ void store_sums(const AttentionArgs& args,
                                              const WarpState<kHeadDim>& state, int warp, int lane) {
+    const int row = warp * 16 + lane / 4;  // and 8 rows further, where the groups lie the same way
+    if (lane % 4 == 0) {
+      max_sum[row] = {state.max[0] * args.scale_log2, state.sum[0]};
+      max_sum[row + 8] = {state.max[1] * args.scale_log2, state.sum[1]};
+    }
+    float* const to = sums + row * kHeadDim + lane % 4 * 2;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int row = lane / 4 + half * 8;
-      if (lane % 4 == 0) {
-        max_sum[warp * 16 + row] = {state.max[half] * args.scale_log2, state.sum[half]};
-      }
+    for (int i = 0; i < 8; ++i) {
+      float* const at = to + (i ^ lane / 4) * 8;
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 8; ++i) {
-        *reinterpret_cast<float2*>(sums + (warp * 16 + row) * kHeadDim + (i ^ (row % 8)) * 8 +
-                                   lane % 4 * 2) = {state.out[i][2 * half],
-                                                    state.out[i][2 * half + 1]};
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int j = 0; j < kHeadDim / 64; ++j) {
+          const float(&pair)[4] = state.out[j * 8 + i];
+          *reinterpret_cast<float2*>(at + half * 8 * kHeadDim + j * 64) = {pair[2 * half],
+                                                                           pair[2 * half + 1]};
+        }
       }
     }
   }
@@ -134,7 +140,7 @@ struct Output {
     constexpr int kRowsPerPass = 32 / kLanesPerRow;
     int row_warp = warp % kRowWarps, copy = warp / kRowWarps;
     int column = lane % kLanesPerRow * 4;
-#pragma unroll
+#pragma unroll 1  // code that runs once costs what it takes to fetch
     for (int first = 0; first < 16 / kCopies; first += kRowsPerPass) {
       int row = copy * (16 / kCopies) + first + lane / kLanesPerRow;
       int head = __shfl_sync(~0u, rows.head, row);

@@ -29,7 +29,8 @@ struct AttentionArgs {
   const int32_t* page_table;
   __nv_bfloat16* out;
   int num_q_heads, num_kv_heads, group;
-  int page_shift;  // log2 of the page size
+  uint32_t group_inverse;  // 2^32 / group, rounded up; 0 for a group of one
+  int page_shift;          // log2 of the page size
   int page_table_stride, num_slots;
   float scale_log2;  // softmax scale * log2 e
   int64_t merge_wait_cycles;
@@ -87,6 +88,11 @@ __device__ __forceinline__ T load_past_l1(const T* from) {
     reinterpret_cast<int2*>(&value)[i] = __ldcg(reinterpret_cast<const int2*>(from) + i);
   }
   return value;
+}
+
+// packed / group, for packed < 2^28: a division is twenty instructions.
+__device__ __forceinline__ int row_of(const AttentionArgs& args, int packed) {
+  return args.group_inverse == 0 ? packed : __umulhi(packed, args.group_inverse);
 }
 
 // First row of the partial slot of a share's part: the part that goes on into the next share is apart

@@ -17,7 +17,7 @@ __device__ __forceinline__ Queries find_queries(const AttentionArgs& args, const
   int packed = first_packed + lane % 16;
   if (packed < piece.item.packed_count) {
     packed += piece.item.packed_begin;
-    int row = packed / args.group;
+    int row = row_of(args, packed);
     queries.head = (piece.item.row_begin + row) * args.num_q_heads + piece.at.head * args.group +
                    packed - row * args.group;
     queries.limit = __ldcg(&args.kv_limits[piece.item.row_begin + row]);
@@ -32,7 +32,7 @@ __device__ __forceinline__ void copy_queries(const AttentionArgs& args, const Qu
                                              uint32_t staging, int lane) {
   constexpr int kChunks = kHeadDim / 8;  // of 16 bytes per row
   constexpr int kRowsPerCopy = 32 / kChunks;
-#pragma unroll
+#pragma unroll 2
   for (int first = 0; first < 16; first += kRowsPerCopy) {
     int row = first + lane / kChunks, chunk = lane % kChunks;
     int head = __shfl_sync(~0u, queries.head, row);
@@ -47,7 +47,7 @@ template <int kHeadDim>
 struct WarpState {
   uint32_t q[kHeadDim / 16][4];
   float out[kHeadDim / 8][4];
-  // Of raw scores: the largest, or with wgmma one not far below; what the sums are relative to. `sum`
+  // Of raw scores: the largest, or one not far below it; what the sums are relative to. `sum`
   // is this thread's part until finish_sums().
   float max[2], sum[2];
   int limits[2];
@@ -125,39 +125,65 @@ __device__ __forceinline__ void mask(const WarpState<kHeadDim>& state,
   }
 }
 
-// Scores become probabilities relative to the new running max, and the sum follows; returns whether
-// this thread's output has to: then by rescale() with `factors`.
-template <int kHeadDim, int kKeys>
+// Scores become probabilities relative to state.max, and state.sum follows. state.max follows the running
+// maximum only when that has grown by more than kSlack: probabilities up to 2^kSlack cost no accuracy,
+// and most tiles neither wait for the row's other threads nor rescale what there is. Returns, the same
+// in all threads of the warp, whether the output has to follow: then by rescale() with `factors`. A row
+// that need not move has the factor 1, so its result does not depend on the other rows of the warp;
+// before a row's first key there is nothing to rescale.
+template <int kHeadDim, int kGroups>
 __device__ __forceinline__ bool advance_softmax(WarpState<kHeadDim>& state,
-                                                float (&scores)[kKeys / 8][4], float scale_log2,
+                                                float (&scores)[kGroups][4], float scale_log2,
                                                 float (&factors)[2]) {
+  constexpr float kSlack = 8;
+  // Eight chains side by side, since within one each step waits for the one before.
+  float chains[2][4], largest[2];
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      chains[i % 2][j] = i < 2 ? scores[i][j] : fmaxf(chains[i % 2][j], scores[i][j]);
+    }
+  }
   bool moved = false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float old_max = state.max[half], largest = old_max;
-#pragma unroll
-    for (int i = 0; i < kKeys / 8; ++i) {
-      largest = fmaxf(largest, fmaxf(scores[i][2 * half], scores[i][2 * half + 1]));
-    }
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    state.max[half] = largest;
-    moved |= largest != old_max;
-    float base = largest == -INFINITY ? 0.0f : largest * scale_log2;
-    factors[half] = ptx::exp2_approx(old_max * scale_log2 - base);
-    float sum[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kKeys / 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float& score = scores[i][2 * half + j];
-        score = ptx::exp2_approx(score * scale_log2 - base);
-        sum[j] += score;
-      }
-    }
-    state.sum[half] = state.sum[half] * factors[half] + (sum[0] + sum[1]);
+    largest[half] = fmaxf(fmaxf(chains[0][2 * half], chains[0][2 * half + 1]),
+                          fmaxf(chains[1][2 * half], chains[1][2 * half + 1]));
+    moved |= largest[half] * scale_log2 > state.max[half] * scale_log2 + kSlack;
   }
-  return moved;
+  bool rescales = false;
+  if (__any_sync(~0u, moved)) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float old = state.max[half];
+      float row = largest[half];
+      row = fmaxf(row, __shfl_xor_sync(~0u, row, 1));
+      row = fmaxf(row, __shfl_xor_sync(~0u, row, 2));
+      if (row * scale_log2 > old * scale_log2 + kSlack) state.max[half] = row;
+      rescales |= old != -INFINITY && state.max[half] != old;
+      factors[half] =
+          old == -INFINITY ? 0.0f : ptx::exp2_approx((old - state.max[half]) * scale_log2);
+      state.sum[half] *= factors[half];
+    }
+    rescales = __any_sync(~0u, rescales);
+  }
+  float base[2], sums[4] = {state.sum[0], 0, state.sum[1], 0};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    base[half] = state.max[half] == -INFINITY ? 0.0f : state.max[half] * scale_log2;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      scores[i][j] = ptx::exp2_approx(scores[i][j] * scale_log2 - base[j / 2]);
+      sums[j] += scores[i][j];
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) state.sum[half] = sums[2 * half] + sums[2 * half + 1];
+  return rescales;
 }
 
 template <int kHeadDim>

@@ -5,9 +5,9 @@
 //
 // Kernels start while those before them run (core/launch.cuh). What they read before they wait for them:
 //   weights           (rms_norm, qk_norm_rope_kv_write, gemm_stream), which nothing in the stream writes;
-//   a step's schedule (block_attention) and the rows it was made of, and the keys and values of steps
-//                     before: the schedule's kernel lets no successor start before it has waited for
-//                     all of them and is done;
+//   a step's schedule (block_attention) and the rows it was made of (qk_norm_rope_kv_write too), and the
+//                     keys and values of steps before: the schedule's kernel lets no successor start
+//                     before it has waited for all of them and is done;
 //   the decode state  (unmask's second kernel) and the rows: its first kernel writes none of them, and
 //                     lets the second start only after its own wait.
 #pragma once

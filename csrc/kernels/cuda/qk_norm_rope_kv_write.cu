@@ -29,7 +29,7 @@ struct Args {
   T* k_pages;
   T* v_pages;
   int rows, num_q_heads, num_kv_heads, head_dim, rotary_dim, page_size;
-  float eps;
+  float inverse_head_dim, eps;
 };
 
 template <class T, int kWidth>
@@ -131,7 +131,10 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T>
     part.for_each_unit(lane, kLanes, units, args.rotary_dim, body);
   };
   let_next_kernel_start();
-  for_each_unit([&](UnitPlace place, int u) {  // constants
+  // All but the heads, while the kernel before this one runs. Past the L1, which may hold another step's.
+  const float position = static_cast<float>(__ldcg(args.positions + row));
+  const int kv_slot = __ldcg(args.kv_slots + row);
+  for_each_unit([&](UnitPlace place, int u) {
     if (weight != nullptr) {
       load<T, kWidth>(weight + place.first, part.weight_a[u]);
       load<T, kWidth>(weight + place.second, part.weight_b[u]);
@@ -140,14 +143,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T>
       load<float, kWidth>(args.inv_freq + place.first, part.frequency[u]);
     }
   });
-  wait_until_previous_is_done();
-  const float position = static_cast<float>(args.positions[row]);
-  const int kv_slot = args.kv_slots[row];
   for_each_unit([&](UnitPlace place, int u) {
-    load<T, kWidth>(in + place.first, part.a[u]);
-    load<T, kWidth>(in + place.second, part.b[u]);
-  });
-  for_each_unit([&](UnitPlace place, int u) {  // while the head is on its way
     if (is_v || !place.rotated) return;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
@@ -155,10 +151,15 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kv_write_kernel(Args<T>
       sine_cosine(position * part.frequency[u][j], part.sine[u][j], part.cosine[u][j]);
     }
   });
-  const float squares = reduce_lanes<kLanes>(part.sum_of_squares(), Sum());
   T* out = exists ? destination(args, row, head, kv_slot) : nullptr;
+  wait_until_previous_is_done();
+  for_each_unit([&](UnitPlace place, int u) {
+    load<T, kWidth>(in + place.first, part.a[u]);
+    load<T, kWidth>(in + place.second, part.b[u]);
+  });
+  const float squares = reduce_lanes<kLanes>(part.sum_of_squares(), Sum());
   if (out == nullptr) return;
-  const float scale = rsqrtf(squares / static_cast<float>(args.head_dim) + args.eps);
+  const float scale = rsqrtf(squares * args.inverse_head_dim + args.eps);
   for_each_unit([&](UnitPlace place, int u) {
     auto &a = part.a[u], &b = part.b[u];
     if (weight != nullptr) {
@@ -206,6 +207,7 @@ void run(const QkNormRopeKvWriteParams& params, cudaStream_t stream) {
                params.head_dim,
                params.rotary_dim,
                params.page_size,
+               1.0f / static_cast<float>(params.head_dim),
                params.eps};
   const int units = params.head_dim / (2 * kChunk);
   bool fits = params.head_dim % (2 * kChunk) == 0 && params.rotary_dim % (2 * kChunk) == 0 &&

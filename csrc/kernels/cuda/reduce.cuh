@@ -27,17 +27,15 @@ __device__ __forceinline__ T reduce_lanes(T value, Op op) {
   return value;
 }
 
-// Over a CTA of whole warps; every thread gets the result. `shared` holds a value per warp, and is
-// free for other use after the next __syncthreads().
-template <class T, class Op>
-__device__ __forceinline__ T reduce_block(T value, T* shared, Op op) {
-  const int num_warps = (blockDim.x + kWarp - 1) / kWarp;
-  value = reduce_lanes(value, op);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
+// Sum over a CTA of whole warps; every thread gets it. `shared` holds a value per warp, and is free for
+// other use after the next __syncthreads().
+template <class T>
+__device__ __forceinline__ T sum_block(T value, T* shared) {
+  const int lane = threadIdx.x % kWarp, num_warps = blockDim.x / kWarp;
+  value = reduce_lanes(value, Sum());
+  if (lane == 0) shared[threadIdx.x / kWarp] = value;
   __syncthreads();
-  T total = shared[0];
-  for (int warp = 1; warp < num_warps; ++warp) total = op(total, shared[warp]);
-  return total;
+  return reduce_lanes(lane < num_warps ? shared[lane] : T(0), Sum());
 }
 
 }  // namespace optimus::cuda

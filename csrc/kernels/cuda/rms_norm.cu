@@ -20,7 +20,7 @@ struct Args {
   const T* weight;
   T* out;
   int hidden;
-  float eps;
+  float inverse_hidden, eps;
 };
 
 // kChunks: chunks of 8 elements per thread, all in registers. hidden is a multiple of 8, <= 16384.
@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(Args<T> args) {
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) squares += value[i][j] * value[i][j];
   }
-  const float scale =
-      rsqrtf(reduce_block(squares, shared, Sum()) / static_cast<float>(args.hidden) + args.eps);
+  const float scale = rsqrtf(sum_block(squares, shared) * args.inverse_hidden + args.eps);
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     int column = (i * blockDim.x + threadIdx.x) * kChunk;
@@ -97,8 +96,7 @@ __global__ void __launch_bounds__(kLoopThreads) rms_norm_loop_kernel(Args<T> arg
     }
     squares += value * value;
   }
-  const float scale =
-      rsqrtf(reduce_block(squares, shared, Sum()) / static_cast<float>(args.hidden) + args.eps);
+  const float scale = rsqrtf(sum_block(squares, shared) * args.inverse_hidden + args.eps);
   // A thread reads back what it wrote itself.
   for (int column = threadIdx.x; column < args.hidden; column += kLoopThreads) {
     float value = load_element(source + in_row + column) * scale;
@@ -114,6 +112,7 @@ void run(const RmsNormParams& params, cudaStream_t stream) {
                static_cast<const T*>(params.weight),
                static_cast<T*>(params.out),
                params.hidden,
+               1.0f / static_cast<float>(params.hidden),
                params.eps};
   const int chunks = params.hidden / kChunk;
   bool fits = params.hidden % kChunk == 0 && is_aligned(args.x) && is_aligned(args.residual) &&

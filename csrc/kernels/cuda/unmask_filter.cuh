@@ -201,7 +201,7 @@ __device__ double mass_above(const Row& row, float x, FilterShared& shared) {
   row.for_each_from(x, [&](int32_t, float other) {
     if (other > x) own += row.weight(other);
   });
-  const double sum = reduce_block(double(own), shared.warp_sums, Sum());
+  const double sum = sum_block(double(own), shared.warp_sums);
   __syncthreads();
   return sum;
 }
