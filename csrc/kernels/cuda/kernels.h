@@ -10,6 +10,10 @@
 //                     before it has waited for all of them and is done;
 //   the decode state  (unmask's second kernel) and the rows: its first kernel writes none of them, and
 //                     lets the second start only after its own wait.
+//
+// Between two runs of a kernel in a step its code leaves the SM's instruction caches, and all SMs fetch
+// it anew at the same time: 100 to 300 cycles for 128 bytes, eight instructions, on an H200. So what a
+// launch runs once is short: loops that are not unrolled, no divisions, one copy of what has two uses.
 #pragma once
 
 #include <cuda_runtime_api.h>
