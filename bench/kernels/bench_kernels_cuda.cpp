@@ -11,6 +11,7 @@
 #include <map>
 
 #include "cuda_timing.h"
+#include "decode_state_cuda.h"
 #include "kernels/cuda/kernels.h"
 
 namespace optimus::bench {
@@ -151,14 +152,6 @@ class Bench {
     OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream_));
     return device;
   }
-  template <class T>
-  DeviceBuffer<T> filled(int count, T value) {
-    std::vector<T> host(count, value);
-    DeviceBuffer<T> device(count);
-    copy_to_device(device.data(), host.data(), host.size(), stream_);
-    OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream_));
-    return device;
-  }
 
   void embedding(const ModelShape& model, int rows) {
     if (!wants("embedding")) return;
@@ -204,7 +197,7 @@ class Bench {
     const size_t pages = size_t(num_pages) * kPageSize * model.num_kv_heads * head;
     auto positions = indices(rows, [](int i) { return i * 37 % 32768; });
     auto slots = indices(rows, [](int i) { return i; });
-    auto inv_freq = filled<float>(model.rotary_dim / 2, 0.01f);
+    auto inv_freq = filled(model.rotary_dim / 2, 0.01f, stream_);
     double us = time_us(stream_, kLaunches, [&](int i, cudaStream_t stream) {
       char* at = arena_.part(i, qkv + q + 2 * pages);
       cuda::qk_norm_rope_kv_write(
@@ -257,54 +250,12 @@ class Bench {
 
   // ------------------------------------------------------------------------------- decode state
 
-  struct State {
-    DeviceBuffer<int32_t> block_start, tokens, denoise_step, page_table, top_k, steps;
-    DeviceBuffer<int32_t> first_output, end_position, stop_token_ids;
-    DeviceBuffer<uint8_t> status, strategy, ended;
-    DeviceBuffer<float> temperature, top_p, threshold, bound;
-    DeviceBuffer<uint64_t> seed;
-    DecodeState view;
-  };
-
-  State make_state(int num_slots, float temperature, int top_k, float top_p) {
-    const int window = num_slots * 2 * kBlockLength, stride = 64;
-    State s;
-    s.block_start = filled<int32_t>(num_slots, 10 * kBlockLength);
-    s.tokens = filled<int32_t>(window, 1);
-    s.denoise_step = filled<int32_t>(num_slots, 0);
-    s.page_table = filled<int32_t>(num_slots * stride, 3);
-    s.top_k = filled<int32_t>(num_slots, top_k);
-    s.steps = filled<int32_t>(num_slots, kBlockLength);
-    s.status = filled<uint8_t>(window, kPresent);
-    s.strategy = filled<uint8_t>(num_slots, kLowConfidenceDynamic);
-    s.temperature = filled<float>(num_slots, temperature);
-    s.top_p = filled<float>(num_slots, top_p);
-    s.threshold = filled<float>(num_slots, 0.9f);
-    s.bound = filled<float>(num_slots, 0.3f);
-    s.seed = filled<uint64_t>(num_slots, 7);
-    s.first_output = filled<int32_t>(num_slots, 0);
-    s.end_position = filled<int32_t>(num_slots, 1 << 30);
-    s.stop_token_ids = filled<int32_t>(num_slots * kMaxStopTokens, -1);
-    s.ended = filled<uint8_t>(num_slots, 0);
-    s.view = {s.block_start.data(),  s.tokens.data(),
-              s.status.data(),       s.denoise_step.data(),
-              s.page_table.data(),   s.temperature.data(),
-              s.top_k.data(),        s.top_p.data(),
-              s.threshold.data(),    s.bound.data(),
-              s.steps.data(),        s.strategy.data(),
-              s.seed.data(),         s.first_output.data(),
-              s.end_position.data(), s.stop_token_ids.data(),
-              s.ended.data(),        num_slots,
-              kBlockLength,          stride};
-    return s;
-  }
-
   // Every slot decides the first masks of its block over and over; the later masks stay. Logits are
   // normals: much flatter than a model's, so that no shortcut of sampling applies.
   void unmask(const char* sampling, int rows, float temperature, int top_k, float top_p) {
     if (!wants("unmask")) return;
     const int vocab_size = 151936, num_slots = (rows + kChunk - 1) / kChunk;
-    State state = make_state(num_slots, temperature, top_k, top_p);
+    DeviceDecodeState state(num_slots, kBlockLength, {temperature, top_k, top_p}, stream_);
     auto slots = indices(rows, [](int i) { return i / kChunk; });
     auto offsets = indices(rows, [](int i) { return i % kChunk; });
     DeviceBuffer<int32_t> ids(rows), fresh(num_slots), masked(num_slots);
@@ -316,7 +267,7 @@ class Bench {
         nullptr,
         slots.data(),
         offsets.data(),
-        state.view,
+        state.view(),
         {ids.data(), confidence.data(), logprob.data(), entropy.data(), committed.data()},
         fresh.data(),
         masked.data(),
@@ -336,17 +287,17 @@ class Bench {
   void build_rows(int num_seqs) {
     if (!wants("build_rows")) return;
     const int max_rows = num_seqs * 2 * kBlockLength;
-    State state = make_state(num_seqs, 0, 0, 1);
+    DeviceDecodeState state(num_seqs, kBlockLength, {0, 0, 1}, stream_);
     auto slots = indices(num_seqs, [](int i) { return i; });
     auto chunks = indices(num_seqs, [](int) { return kChunk; });
     auto zeros = indices(num_seqs, [](int) { return 0; });
-    auto refresh = filled<uint8_t>(num_seqs, 0);
+    auto refresh = filled(num_seqs, uint8_t{0}, stream_);
     std::vector<DeviceBuffer<int32_t>> rows;
     for (int i = 0; i < 7; ++i) rows.emplace_back(max_rows);
-    DeviceBuffer<int32_t> cu(num_seqs + 1), table(num_seqs * state.view.page_table_stride);
+    DeviceBuffer<int32_t> cu(num_seqs + 1), table(num_seqs * state.view().page_table_stride);
     DeviceBuffer<int32_t> counts(2);
     BuildRowsParams params{
-        state.view,
+        state.view(),
         slots.data(),
         chunks.data(),
         refresh.data(),
