@@ -59,6 +59,16 @@ inline double time_us(cudaStream_t stream, int launches,
   return ms[kReplays / 2] * 1e3 / launches;
 }
 
+// `count` times `value`, on the device.
+template <class T>
+DeviceBuffer<T> filled(int count, T value, cudaStream_t stream) {
+  std::vector<T> host(count, value);
+  DeviceBuffer<T> device(count);
+  copy_to_device(device.data(), host.data(), host.size(), stream);
+  OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream));
+  return device;
+}
+
 // Device memory full of random bf16 normals, from which launch i takes its own part.
 class Arena {
  public:

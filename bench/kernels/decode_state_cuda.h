@@ -2,21 +2,10 @@
 // same rules, in the middle of a request, all of its current block masked.
 #pragma once
 
-#include <vector>
-
-#include "core/device_buffer.h"
+#include "cuda_timing.h"
 #include "kernels/ops.h"
 
 namespace optimus::bench {
-
-template <class T>
-DeviceBuffer<T> filled(int count, T value, cudaStream_t stream) {
-  std::vector<T> host(count, value);
-  DeviceBuffer<T> device(count);
-  copy_to_device(device.data(), host.data(), host.size(), stream);
-  OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream));
-  return device;
-}
 
 class DeviceDecodeState {
  public:

@@ -54,6 +54,12 @@ def random_requests(
     ]
 
 
+def random_model() -> tuple[np.random.Generator, _C.Model]:
+    """A model drawn from a fresh seed, and the generator for what a test draws besides."""
+    seed = fresh_seed()
+    return np.random.default_rng(seed), engine_model(random_oracle(seed, vocab_size=VOCAB_SIZE))
+
+
 def alone(
     model: _C.Model, requests: list[tuple[list[int], _C.SamplingParams]], **settings: Any
 ) -> list[Finished]:
@@ -77,9 +83,7 @@ def assert_identical(actual: list[Finished], expected: list[Finished], steps: bo
 @pytest.mark.parametrize("mode", MODES)
 def test_alone_or_among_sixteen_others(mode: str) -> None:
     """Arriving over time, under a row budget that cuts prompts and leaves requests out of steps."""
-    seed = fresh_seed()
-    rng = np.random.default_rng(seed)
-    model = engine_model(random_oracle(seed, vocab_size=VOCAB_SIZE))
+    rng, model = random_model()
     requests = random_requests(rng, 17)
     expected = alone(model, requests, **MODES[mode])
     engine = make_engine(
@@ -99,9 +103,7 @@ def test_alone_or_among_sixteen_others(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_planned_ahead(mode: str) -> None:
     """With steps that are planned before the results of the one in progress are known."""
-    seed = fresh_seed()
-    rng = np.random.default_rng(seed)
-    model = engine_model(random_oracle(seed, vocab_size=VOCAB_SIZE))
+    rng, model = random_model()
     requests = random_requests(rng, 12)
     for _, params in requests[::2]:
         params.stop_token_ids = rng.integers(0, VOCAB_SIZE, 3).tolist()
@@ -116,9 +118,7 @@ def test_planned_ahead(mode: str) -> None:
 def test_after_preemption(mode: str, page_size: int) -> None:
     """A pool far too small for the batch. Freeze recomputes the context cleanly, by design, so
     there only the arrival of all tokens is asserted."""
-    seed = fresh_seed()
-    rng = np.random.default_rng(seed)
-    model = engine_model(random_oracle(seed, vocab_size=VOCAB_SIZE))
+    rng, model = random_model()
     requests = [
         random_request(rng, int(rng.integers(1, 12)), int(rng.integers(50, 60))) for _ in range(8)
     ]
@@ -148,9 +148,7 @@ def test_after_preemption(mode: str, page_size: int) -> None:
 @pytest.mark.parametrize("page_size", [4, 8, 16])
 def test_with_prefix_cache_hits(mode: str, page_size: int) -> None:
     """Shared system prompts, and second turns whose prompt holds an earlier answer."""
-    seed = fresh_seed()
-    rng = np.random.default_rng(seed)
-    model = engine_model(random_oracle(seed, vocab_size=VOCAB_SIZE))
+    rng, model = random_model()
     settings = {**MODES[mode], "page_size": page_size}
     cached = make_engine(model, **settings, enable_prefix_cache=True)
     system = rng.integers(0, VOCAB_SIZE, 37).tolist()
@@ -177,9 +175,7 @@ def test_with_prefix_cache_hits(mode: str, page_size: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_with_any_number_of_threads(mode: str) -> None:
-    seed = fresh_seed()
-    rng = np.random.default_rng(seed)
-    model = engine_model(random_oracle(seed, vocab_size=VOCAB_SIZE))
+    rng, model = random_model()
     requests = random_requests(rng, 6)
     results = [
         generate(make_engine(model, **MODES[mode], num_threads=n), *zip(*requests))
@@ -191,9 +187,7 @@ def test_with_any_number_of_threads(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_with_other_page_sizes_and_budgets(mode: str) -> None:
-    seed = fresh_seed()
-    rng = np.random.default_rng(seed)
-    model = engine_model(random_oracle(seed, vocab_size=VOCAB_SIZE))
+    rng, model = random_model()
     requests = random_requests(rng, 6)
     expected = alone(model, requests, **MODES[mode])
     for page_size, shuffle, budget in ((2, True, 32), (8, False, 48), (64, True, 500)):

@@ -11,9 +11,10 @@
 //   the decode state  (unmask's second kernel) and the rows: its first kernel writes none of them, and
 //                     lets the second start only after its own wait.
 //
-// Between two runs of a kernel in a step its code leaves the SM's instruction caches, and all SMs fetch
-// it anew at the same time: 100 to 300 cycles for 128 bytes, eight instructions, on an H200. So what a
-// launch runs once is short: loops that are not unrolled, no divisions, one copy of what has two uses.
+// Between two runs of a kernel in a step its code leaves the SM's caches, it seems, and all SMs fetch it
+// anew at the same time: the softmax of attention's first tile takes 1,100, 2,600 and 5,800 cycles with
+// 32, 64 and 128 SMs of an H200 at work, 670 where no other kernel runs between. So what a launch runs
+// once is short: loops that are not unrolled, no divisions, one copy of what has two uses.
 #pragma once
 
 #include <cuda_runtime_api.h>

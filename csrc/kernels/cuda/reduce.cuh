@@ -13,9 +13,6 @@ struct Sum {
     return a + b;
   }
 };
-struct Max {
-  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
 
 // Over groups of kLanes neighbouring lanes; every lane gets the result.
 template <int kLanes = kWarp, class T, class Op>

@@ -119,83 +119,39 @@ __device__ __forceinline__ void wgmma(float (&d)[16][4], const uint32_t (&a)[4],
 
 // ------------------------------------------------------------------- products of shared operands
 
-// d[64 x n] = (add ? d : 0) + a[64 x 16] b[n x 16]^T, both in shared memory.
-__device__ __forceinline__ void wgmma(float (&d)[1][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3}, "
-      "%4, %5, p, 1, 1, 0, 0; }"
-      : OPTIMUS_SUMS_1(d, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-__device__ __forceinline__ void wgmma(float (&d)[2][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-      "{"
-      "%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "%8, %9, p, 1, 1, 0, 0; }"
-      : OPTIMUS_SUMS_2(d, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-__device__ __forceinline__ void wgmma(float (&d)[4][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-      "{" OPTIMUS_REGISTERS_0
-      "}, "
-      "%16, %17, p, 1, 1, 0, 0; }"
-      : OPTIMUS_SUMS_4(d, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-__device__ __forceinline__ void wgmma(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{" OPTIMUS_REGISTERS_0 ", " OPTIMUS_REGISTERS_1
-      "}, "
-      "%32, %33, p, 1, 1, 0, 0; }"
-      : OPTIMUS_SUMS_8(d, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-__device__ __forceinline__ void wgmma(float (&d)[12][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %50, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
-      "{" OPTIMUS_REGISTERS_0 ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2
-      "}, "
-      "%48, %49, p, 1, 1, 0, 0; }"
-      : OPTIMUS_SUMS_8(d, 0), OPTIMUS_SUMS_4(d, 8)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-__device__ __forceinline__ void wgmma(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %66, 0; "
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" OPTIMUS_REGISTERS_0
-      ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2 ", " OPTIMUS_REGISTERS_3
-      "}, "
-      "%64, %65, p, 1, 1, 0, 0; }"
-      : OPTIMUS_SUMS_16(d, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-__device__ __forceinline__ void wgmma(float (&d)[20][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %82, 0; "
-      "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 {" OPTIMUS_REGISTERS_0
-      ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2 ", " OPTIMUS_REGISTERS_3
-      ", " OPTIMUS_REGISTERS_4
-      "}, "
-      "%80, %81, p, 1, 1, 0, 0; }"
-      : OPTIMUS_SUMS_16(d, 0), OPTIMUS_SUMS_4(d, 16)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-__device__ __forceinline__ void wgmma(float (&d)[24][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %98, 0; "
-      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" OPTIMUS_REGISTERS_0
-      ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2 ", " OPTIMUS_REGISTERS_3
-      ", " OPTIMUS_REGISTERS_4 ", " OPTIMUS_REGISTERS_5
-      "}, "
-      "%96, %97, p, 1, 1, 0, 0; }"
-      : OPTIMUS_SUMS_16(d, 0), OPTIMUS_SUMS_8(d, 16)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
+// d[64 x n] = (add ? d : 0) + a[64 x 16] b[n x 16]^T, both in shared memory. The asm numbers its operands:
+// `registers` are those of d's sums, which come last here; `a_at`, `b_at`, `add_at` follow them.
+#define OPTIMUS_WGMMA_OF_SHARED(groups, n, registers, a_at, b_at, add_at, ...)                    \
+  __device__ __forceinline__ void wgmma(float(&d)[groups][4], uint64_t a, uint64_t b, bool add) { \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_at                                         \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" registers       \
+                 "}, " a_at ", " b_at ", p, 1, 1, 0, 0; }"                                        \
+                 : __VA_ARGS__                                                                    \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                   \
+  }
+OPTIMUS_WGMMA_OF_SHARED(1, "8", "%0, %1, %2, %3", "%4", "%5", "%6", OPTIMUS_SUMS_1(d, 0))
+OPTIMUS_WGMMA_OF_SHARED(2, "16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10",
+                        OPTIMUS_SUMS_2(d, 0))
+OPTIMUS_WGMMA_OF_SHARED(4, "32", OPTIMUS_REGISTERS_0, "%16", "%17", "%18", OPTIMUS_SUMS_4(d, 0))
+OPTIMUS_WGMMA_OF_SHARED(8, "64", OPTIMUS_REGISTERS_0 ", " OPTIMUS_REGISTERS_1, "%32", "%33", "%34",
+                        OPTIMUS_SUMS_8(d, 0))
+OPTIMUS_WGMMA_OF_SHARED(12, "96",
+                        OPTIMUS_REGISTERS_0 ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2,
+                        "%48", "%49", "%50", OPTIMUS_SUMS_8(d, 0), OPTIMUS_SUMS_4(d, 8))
+OPTIMUS_WGMMA_OF_SHARED(16, "128",
+                        OPTIMUS_REGISTERS_0 ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2
+                                            ", " OPTIMUS_REGISTERS_3,
+                        "%64", "%65", "%66", OPTIMUS_SUMS_16(d, 0))
+OPTIMUS_WGMMA_OF_SHARED(20, "160",
+                        OPTIMUS_REGISTERS_0 ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2
+                                            ", " OPTIMUS_REGISTERS_3 ", " OPTIMUS_REGISTERS_4,
+                        "%80", "%81", "%82", OPTIMUS_SUMS_16(d, 0), OPTIMUS_SUMS_4(d, 16))
+OPTIMUS_WGMMA_OF_SHARED(24, "192",
+                        OPTIMUS_REGISTERS_0 ", " OPTIMUS_REGISTERS_1 ", " OPTIMUS_REGISTERS_2
+                                            ", " OPTIMUS_REGISTERS_3 ", " OPTIMUS_REGISTERS_4
+                                            ", " OPTIMUS_REGISTERS_5,
+                        "%96", "%97", "%98", OPTIMUS_SUMS_16(d, 0), OPTIMUS_SUMS_8(d, 16))
+#undef OPTIMUS_WGMMA_OF_SHARED
 
 #undef OPTIMUS_SUMS_1
 #undef OPTIMUS_SUMS_2
