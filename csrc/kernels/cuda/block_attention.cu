@@ -112,23 +112,23 @@ void launch_attention(const BlockAttentionParams& params, const Workspace& ws,
   const int group = params.num_q_heads / params.num_kv_heads;
   int page_shift = 0;
   while (1 << page_shift < params.page_size) ++page_shift;
-  AttentionArgs args = {
-      static_cast<const __nv_bfloat16*>(params.q),
-      static_cast<const __nv_bfloat16*>(params.k_pages),
-      static_cast<const __nv_bfloat16*>(params.v_pages),
-      params.kv_limits,
-      params.page_table,
-      static_cast<__nv_bfloat16*>(params.out),
-      params.num_q_heads,
-      params.num_kv_heads,
-      group,
-      group == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + group - 1) / group),
-      page_shift,
-      params.page_table_stride,
-      num_slots,
-      params.scale * 1.44269504f,
-      params.merge_wait_cycles,
-      ws};
+  AttentionArgs args = {static_cast<const __nv_bfloat16*>(params.q),
+                        static_cast<const __nv_bfloat16*>(params.k_pages),
+                        static_cast<const __nv_bfloat16*>(params.v_pages),
+                        params.kv_limits,
+                        params.page_table,
+                        static_cast<__nv_bfloat16*>(params.out),
+                        params.num_q_heads,
+                        params.num_kv_heads,
+                        group,
+                        inverse_of(group),
+                        inverse_of(params.num_kv_heads),
+                        page_shift,
+                        params.page_table_stride,
+                        num_slots,
+                        params.scale * 1.44269504f,
+                        params.merge_wait_cycles,
+                        ws};
   launch(kernel, {dim3(ws.num_shares), dim3(kThreads), 1, static_cast<size_t>(shared_bytes)},
          stream, args, k_map, v_map);
 }

@@ -11,7 +11,8 @@
 // in the c-th equal interval of the line. A *piece* is the part of one (item, head) that lies in one
 // share: a share holds at most one piece that began in an earlier share (partial slot 0) and one that
 // goes on into a later share (partial slot 1); all pieces in between are whole and go straight to
-// the output.
+// the output. A prompt's rows see few keys or many: its pairs of item and head are dealt to the shares
+// whole, from the longest to the shortest, where that leaves them about equal.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -33,20 +34,22 @@ struct Item {
   int num_old_keys;             // of the sequence, complete before the step's first layer
 };
 
-// A tile's place on the line.
+// A tile's place on the line. A pair is an (item, head): item * num_kv_heads + head.
 struct Position {
-  int item_idx, head, tile;
+  int pair, tile;
 };
 
-// One (item, head) cut across the shares [first_share, first_share + num_parts).
+// One pair cut across the shares [first_share, first_share + num_parts).
 struct Merge {
   int first_share, num_parts;
 };
 
-// The tiles from `begin` to before `end`.
+// The tiles from `begin` to before `end`. From its first pair to the next it is steps[0] pairs, from that
+// one on steps[1], and so on in turn: 1, or more where pairs are dealt.
 struct Share {
-  Item item;  // a copy of items[begin.item_idx], to start without another dependent load
+  Item item;  // a copy of begin's, to start without another dependent load
   Position begin, end;
+  int steps[2];
   Merge earlier, later;  // of the piece that began in an earlier share, of one that ends in a later
 };
 

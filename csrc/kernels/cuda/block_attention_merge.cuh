@@ -35,7 +35,7 @@ struct CutPieces {
     CutPiece& noted = cut[piece.at.tile == 0];
     noted.packed_count = piece.item.packed_count;
     noted.first_packed = piece.item.row_begin * args.group + piece.item.packed_begin;
-    noted.head = piece.at.head;
+    noted.head = piece.head;
   }
 };
 

@@ -60,11 +60,11 @@ struct Producer {
       if (is_v) {
         ptx::barrier_wait(ring.v_released(at.slot), at.phase ^ 1);
         copy_tile(args.v_pages, v_map, ring.v_full(at.slot), ring.v(at.slot, kTileBytes<kHeadDim>),
-                  piece.at.head, key, keys, pages.first, pages.page);
+                  piece.head, key, keys, pages.first, pages.page);
       } else {
         ptx::barrier_wait(ring.k_released(at.slot), at.phase ^ 1);
         copy_tile(args.k_pages, k_map, ring.k_full(at.slot), ring.k(at.slot, kTileBytes<kHeadDim>),
-                  piece.at.head, key, keys, pages.first, pages.page);
+                  piece.head, key, keys, pages.first, pages.page);
       }
       at.advance(args.num_slots);
     }

@@ -29,7 +29,8 @@ struct Scratch {
   int seqs[kThreads];
   int cost_offsets[kCachedItems];
   Item items[kCachedItems];
-  int least_cost, largest_cost;  // of a head
+  int least_cost, largest_cost;  // of a pair
+  int largest_dealt;             // cost of a share
   uint32_t kinds;                // of all sequences, a bit each
 };
 
@@ -79,22 +80,30 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
   return item;
 }
 
-// Costs, in quarters of a small item's tile. A head's tiles are followed by what a piece costs beside
-// them: loading Q, merging and writing its rows. More than 64 packed rows cost a little more.
-__device__ bool is_tall(const Item& item) { return item.packed_count > 64; }
-__device__ int tile_cost(const Item& item) { return is_tall(item) ? 6 : 4; }
-__device__ int piece_cost(const Item& item) { return is_tall(item) ? 18 : 14; }
-__device__ int head_cost(const Item& item) {
-  return piece_cost(item) + tile_cost(item) * item.num_tiles;
-}
-// Shares are at least this long: a small item's piece of two tiles. No share that a head runs through
-// may be without a tile of it, for the merge takes a part from each: so not below any tile_cost.
-constexpr int kMinShareCost = 22;
-
-// What code runs a sequence's items: by the warps that its packed rows fill.
+// What code runs an item: by the warps that its packed rows fill.
 __device__ int kind_of(int packed) {
   return packed <= 16 ? 0 : packed <= 32 ? 1 : packed <= 64 ? 2 : 3;
 }
+
+// Costs, in eighths of a small item's tile: fitted to the times of CTAs in batches of many kinds, where they
+// share the memory's bandwidth. A pair's tiles are followed by what a piece costs beside them: loading
+// Q, merging and writing its rows.
+__device__ int tile_cost(const Item& item) {
+  const int kind = kind_of(item.packed_count);
+  return kind < 2 ? 8 : kind == 2 ? 9 : 10;
+}
+__device__ int piece_cost(const Item& item) {
+  const int kind = kind_of(item.packed_count);
+  return kind == 0 ? 24 : kind == 1 ? 29 : kind == 2 ? 36 : 28;
+}
+__device__ int pair_cost(const Item& item) {
+  return piece_cost(item) + tile_cost(item) * item.num_tiles;
+}
+// Shares are at least this long: a small item's piece of two tiles. No share that a pair runs through
+// may be without a tile of it, for the merge takes a part from each: so not below any tile_cost.
+constexpr int kMinShareCost = 44;
+// What cutting adds to a share of tall items: a piece, and merging at both ends.
+constexpr int kCutCost = 100;
 
 // The chunk's sequences by kind, in order otherwise. Ends with a barrier.
 __device__ void sort_by_kind(Scratch& scratch, int seq, int kind) {
@@ -142,9 +151,9 @@ __device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool so
         item = make_item(args, scratch, seq_in_chunk,
                          sorted ? scratch.seqs[seq_in_chunk] : first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
-        cost = head_cost(item) * args.num_kv_heads;
-        atomicMin(&scratch.least_cost, head_cost(item));
-        atomicMax(&scratch.largest_cost, head_cost(item));
+        cost = pair_cost(item) * args.num_kv_heads;
+        atomicMin(&scratch.least_cost, pair_cost(item));
+        atomicMax(&scratch.largest_cost, pair_cost(item));
         if (item.packed_begin == 0) {
           atomicOr(&scratch.kinds, 1u << kind_of(scratch.packed_rows[seq_in_chunk]));
         }
@@ -185,25 +194,20 @@ struct Cut {
 
 // The first tile at or behind `place`, and the item it belongs to.
 __device__ Position locate(const Line& line, int num_kv_heads, int place, Item& item) {
-  Position at = {last_not_above(line.offsets, line.num_items, place), 0, 0};
-  item = line.items[at.item_idx];
-  int rest = place - line.offsets[at.item_idx], cost = head_cost(item);
-  at.head = rest / cost;
-  rest -= at.head * cost;
-  at.tile = (rest + tile_cost(item) - 1) / tile_cost(item);
-  if (at.tile >= item.num_tiles) {
-    at.tile = 0;
-    if (++at.head == num_kv_heads) {
-      at.head = 0;
-      if (++at.item_idx < line.num_items) item = line.items[at.item_idx];
-    }
-  }
-  return at;
+  const int item_idx = last_not_above(line.offsets, line.num_items, place);
+  item = line.items[item_idx];
+  const int rest = place - line.offsets[item_idx], head = rest / pair_cost(item);
+  const Position at = {item_idx * num_kv_heads + head,
+                       (rest - head * pair_cost(item) + tile_cost(item) - 1) / tile_cost(item)};
+  if (at.tile < item.num_tiles) return at;
+  if (head + 1 == num_kv_heads && item_idx + 1 < line.num_items) item = line.items[item_idx + 1];
+  return {at.pair + 1, 0};
 }
 
-// The shares that have a part of the (item, head) at `at`.
-__device__ Merge merge_of(const Line& line, Cut cut, const Item& item, Position at) {
-  int head_begin = line.offsets[at.item_idx] + at.head * head_cost(item);
+// The shares that have a part of the pair at `at`.
+__device__ Merge merge_of(const Line& line, int num_kv_heads, Cut cut, const Item& item,
+                          Position at) {
+  int head_begin = line.offsets[at.pair / num_kv_heads] + at.pair % num_kv_heads * pair_cost(item);
   int first = cut.owner(head_begin);
   int last = cut.owner(head_begin + tile_cost(item) * (item.num_tiles - 1));
   return {first, last - first + 1};
@@ -215,10 +219,15 @@ __device__ void write_share(const ScheduleArgs& args, const Line& line, Cut cut,
   if (end > begin) {
     Item last;
     share.begin = locate(line, args.num_kv_heads, begin, share.item);
-    share.end = {line.num_items, 0, 0};
+    share.end = {line.num_items * args.num_kv_heads, 0};
+    share.steps[0] = share.steps[1] = 1;
     if (end < line.length) share.end = locate(line, args.num_kv_heads, end, last);
-    if (share.begin.tile > 0) share.earlier = merge_of(line, cut, share.item, share.begin);
-    if (share.end.tile > 0) share.later = merge_of(line, cut, last, share.end);
+    if (share.begin.tile > 0) {
+      share.earlier = merge_of(line, args.num_kv_heads, cut, share.item, share.begin);
+    }
+    if (share.end.tile > 0) {
+      share.later = merge_of(line, args.num_kv_heads, cut, last, share.end);
+    }
   }
   args.ws.shares[c] = share;
 }
@@ -243,7 +252,8 @@ __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
     // A part of one tile costs more to merge than it saves, and an SM that the next kernel could use.
     // Few tiles: whole heads on half of the SMs are read nearly as fast, with nothing to merge; else
     // parts of some tiles each.
-    const bool is_short = !is_tall(item) && num_heads * item.num_tiles <= 8 * num_shares;
+    const bool is_short =
+        kind_of(item.packed_count) < 3 && num_heads * item.num_tiles <= 8 * num_shares;
     const int most = num_shares / num_heads;
     const int parts = !is_short ? most : most <= 3 ? 1 : min(most, item.num_tiles / 4);
     even.parts = max(1, min(parts, item.num_tiles / 2));
@@ -259,13 +269,59 @@ __device__ void write_even_share(const ScheduleArgs& args, const Line& line, Eve
   if (head < num_heads) {
     share.item = line.items[head / args.num_kv_heads];
     int tiles = share.item.num_tiles;
-    share.begin = {head / args.num_kv_heads, head % args.num_kv_heads, part * tiles / parts};
-    int next = min(head + heads, num_heads);
-    share.end = {next / args.num_kv_heads, next % args.num_kv_heads, 0};
-    if (part + 1 < parts) {
-      share.end = {share.begin.item_idx, share.begin.head, (part + 1) * tiles / parts};
-    }
+    share.begin = {head, part * tiles / parts};
+    share.end = {min(head + heads, num_heads), 0};
+    if (part + 1 < parts) share.end = {head, (part + 1) * tiles / parts};
+    share.steps[0] = share.steps[1] = 1;
     share.earlier = share.later = {c - part, parts};
+  }
+  args.ws.shares[c] = share;
+}
+
+// The pairs sorted by falling cost and dealt to the shares, there and back: share c's pair of a round.
+__device__ int dealt_pair(int round, int c, int num_shares) {
+  return round * num_shares + (round % 2 == 0 ? c : num_shares - 1 - c);
+}
+
+// Whether dealing whole pairs leaves no share much above the equal parts `length` of the line. Then the items
+// in the workspace are sorted; `order` has their places on the line.
+__device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, int length) {
+  int *costs = scratch.row_begin, *sorted = scratch.packed_rows, *order = scratch.seqs;
+  const int tid = threadIdx.x, num_pairs = num_items * args.num_kv_heads;
+  if (tid < num_items) costs[tid] = pair_cost(scratch.items[tid]);
+  __syncthreads();
+  if (tid < num_items) {
+    const int cost = costs[tid];
+    int rank = 0;
+    for (int i = 0; i < num_items; ++i) rank += costs[i] > cost || (costs[i] == cost && i < tid);
+    sorted[rank] = cost;
+    order[rank] = tid;
+  }
+  __syncthreads();
+  if (tid < args.ws.num_shares) {
+    int total = 0;
+    for (int round = 0; round * args.ws.num_shares < num_pairs; ++round) {
+      const int pair = dealt_pair(round, tid, args.ws.num_shares);
+      if (pair < num_pairs) total += sorted[pair / args.num_kv_heads];
+    }
+    atomicMax(&scratch.largest_dealt, total);
+  }
+  __syncthreads();
+  if (scratch.largest_dealt > length + kCutCost) return false;
+  if (tid < num_items) args.ws.items[tid] = scratch.items[order[tid]];
+  return true;
+}
+
+__device__ void write_dealt_share(const ScheduleArgs& args, const Scratch& scratch, int num_items,
+                                  int c) {
+  const int num_pairs = num_items * args.num_kv_heads, last = args.ws.num_shares - 1;
+  Share share = {};
+  if (c < num_pairs) {
+    share.item = scratch.items[scratch.seqs[c / args.num_kv_heads]];
+    share.begin = {c, 0};
+    share.end = {num_pairs, 0};
+    share.steps[0] = 2 * (last - c) + 1;
+    share.steps[1] = 2 * c + 1;
   }
   args.ws.shares[c] = share;
 }
@@ -276,6 +332,7 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   if (threadIdx.x == 0) {
     scratch.largest_cost = 0;
     scratch.least_cost = INT_MAX;
+    scratch.largest_dealt = 0;
     scratch.kinds = 0;
   }
   __syncthreads();
@@ -294,14 +351,17 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
     line.items = args.ws.items;
     line.offsets = args.ws.cost_offsets;
   }
-  Even even = scratch.least_cost == scratch.largest_cost
-                  ? cut_evenly(line, args.num_kv_heads, args.ws.num_shares)
-                  : Even{};
+  const bool equal = scratch.least_cost == scratch.largest_cost;
+  const Even even = equal ? cut_evenly(line, args.num_kv_heads, args.ws.num_shares) : Even{};
   int used = max(1, min(args.ws.num_shares, line.length / kMinShareCost));
   Cut cut = {line.length / used, line.length % used};
+  const bool tall = scratch.kinds == 1u << 3 && line.num_items <= kCachedItems;
+  const bool dealt = tall && !equal && deal(args, scratch, line.num_items, cut.least);
   for (int c = threadIdx.x; c < args.ws.num_shares; c += kThreads) {
     if (even.used()) {
       write_even_share(args, line, even, c);
+    } else if (dealt) {
+      write_dealt_share(args, scratch, line.num_items, c);
     } else {
       write_share(args, line, cut, c);
     }

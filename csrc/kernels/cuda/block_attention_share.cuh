@@ -29,8 +29,8 @@ struct AttentionArgs {
   const int32_t* page_table;
   __nv_bfloat16* out;
   int num_q_heads, num_kv_heads, group;
-  uint32_t group_inverse;  // 2^32 / group, rounded up; 0 for a group of one
-  int page_shift;          // log2 of the page size
+  uint32_t group_inverse, kv_heads_inverse;  // of group and of num_kv_heads, for divide()
+  int page_shift;                            // log2 of the page size
   int page_table_stride, num_slots;
   float scale_log2;  // softmax scale * log2 e
   int64_t merge_wait_cycles;
@@ -90,9 +90,15 @@ __device__ __forceinline__ T load_past_l1(const T* from) {
   return value;
 }
 
-// packed / group, for packed < 2^28: a division is twenty instructions.
+// number / d, for number < 2^32 / d and the inverse of d: a division is twenty instructions.
+inline uint32_t inverse_of(int d) {
+  return d == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d);
+}
+__device__ __forceinline__ int divide(int number, uint32_t inverse) {
+  return inverse == 0 ? number : __umulhi(number, inverse);
+}
 __device__ __forceinline__ int row_of(const AttentionArgs& args, int packed) {
-  return args.group_inverse == 0 ? packed : __umulhi(packed, args.group_inverse);
+  return divide(packed, args.group_inverse);
 }
 
 // First row of the partial slot of a share's part: the part that goes on into the next share is apart
@@ -105,40 +111,46 @@ __device__ __forceinline__ size_t partial_row(const AttentionArgs& args, int sha
 // The pieces of one share, in order.
 struct Piece {
   Item item;
-  Item following;  // the next item, loaded ahead while the last head of `item` is worked on
+  Item following;  // of the next piece, loaded ahead where that is another
   Position at;     // at.tile: the first of the piece
-  int end_tile;
+  int head, end_tile;
   Position end;  // of the share
+  int step, step_after;
 
   __device__ Piece(const AttentionArgs& args, const Share& share)
-      : item(share.item), at(share.begin), end(share.end) {
+      : item(share.item),
+        at(share.begin),
+        end(share.end),
+        step(share.steps[0]),
+        step_after(share.steps[1]) {
     enter(args);
   }
-  __device__ bool valid() const {
-    return at.item_idx < end.item_idx || (at.item_idx == end.item_idx && before_end_of_item());
-  }
+  __device__ bool valid() const { return is_before_end(at); }
   __device__ bool whole() const { return at.tile == 0 && end_tile == item.num_tiles; }
   __device__ void next(const AttentionArgs& args) {
-    at.tile = 0;
-    if (++at.head == args.num_kv_heads) {
-      at.head = 0;
-      ++at.item_idx;
-      item = following;
-    }
+    const int item_idx = item_of(args, at.pair);
+    at = {at.pair + step, 0};
+    if (item_of(args, at.pair) != item_idx) item = following;
+    const int taken = step;
+    step = step_after;
+    step_after = taken;
     enter(args);
   }
 
  private:
-  __device__ bool before_end_of_item() const {
-    return at.head < end.head || (at.head == end.head && at.tile < end.tile);
+  __device__ static int item_of(const AttentionArgs& args, int pair) {
+    return divide(pair, args.kv_heads_inverse);
+  }
+  __device__ bool is_before_end(Position position) const {
+    return position.pair < end.pair || (position.pair == end.pair && position.tile < end.tile);
   }
   __device__ void enter(const AttentionArgs& args) {
-    bool last = at.item_idx == end.item_idx && at.head == end.head;
-    end_tile = last ? end.tile : item.num_tiles;
-    bool more = at.item_idx + 1 < end.item_idx ||
-                (at.item_idx + 1 == end.item_idx && (end.head > 0 || end.tile > 0));
-    if (more && at.head + 1 == args.num_kv_heads)
-      following = load_past_l1(&args.ws.items[at.item_idx + 1]);
+    const int item_idx = item_of(args, at.pair), next_idx = item_of(args, at.pair + step);
+    head = at.pair - item_idx * args.num_kv_heads;
+    end_tile = at.pair == end.pair ? end.tile : item.num_tiles;
+    if (next_idx != item_idx && is_before_end({at.pair + step, 0})) {
+      following = load_past_l1(&args.ws.items[next_idx]);
+    }
   }
 };
 

@@ -18,7 +18,7 @@ __device__ __forceinline__ Queries find_queries(const AttentionArgs& args, const
   if (packed < piece.item.packed_count) {
     packed += piece.item.packed_begin;
     int row = row_of(args, packed);
-    queries.head = (piece.item.row_begin + row) * args.num_q_heads + piece.at.head * args.group +
+    queries.head = (piece.item.row_begin + row) * args.num_q_heads + piece.head * args.group +
                    packed - row * args.group;
     queries.limit = __ldcg(&args.kv_limits[piece.item.row_begin + row]);
   }

@@ -102,6 +102,19 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnPrefillBesideDecode) {
   check_step(rng, {4, 1, 64, 32}, {staircase(700, 1, 700), std::vector<int>(2, 3000)}, pool);
 }
 
+// Rows that see few keys and many: pairs of item and head are dealt to the shares whole, in several
+// rounds, or in less than one.
+TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnPrompts) {
+  Rng rng(312);
+  check_step(rng, {24, 8, 64, 64}, {staircase(1500, 32, 1500)}, pool);
+  check_step(rng, {6, 3, 128, 32}, {staircase(700, 16, 700), {}, staircase(1, 1, 1)}, pool);
+  check_step(rng, {5, 5, 64, 16},
+             {staircase(129, 1, 400), staircase(900, 32, 900), {}, staircase(1300, 32, 1333)},
+             pool);
+  check_step(rng, {16, 1, 128, 64}, {staircase(1000, 32, 1000), staircase(999, 8, 1000)}, pool);
+  check_step(rng, {1, 1, 128, 16}, {staircase(300, 32, 300)}, pool);
+}
+
 TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnManySequences) {
   Rng rng(305);
   for (int num_seqs : {300, 5000}) {  // beyond one chunk of the schedule, beyond its cached offsets
