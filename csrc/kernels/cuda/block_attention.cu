@@ -96,16 +96,19 @@ void launch_attention(const BlockAttentionParams& params, const Workspace& ws,
   OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
   OPTIMUS_CUDA_CHECK(
       cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  int num_slots = std::min(kMaxSlots, (available - Layout::bytes(0)) / (2 * kTileBytes<kHeadDim>));
+  const bool bulk = copies_in_bulk(kernel);
+  const int beside_slots = Layout::bytes(0, bulk);
+  int num_slots = std::min(kMaxSlots, (available - beside_slots) / (2 * kTileBytes<kHeadDim>));
   // Two warpgroups that take tiles in turn hold the V of one while they wait for the one after next.
-  const int least_slots = copies_in_bulk(kernel) ? 3 : 1;
-  OPTIMUS_CHECK(num_slots >= least_slots, "[block_attention] needs ", Layout::bytes(least_slots),
+  const int least_slots = bulk ? 3 : 1;
+  OPTIMUS_CHECK(num_slots >= least_slots, "[block_attention] needs ",
+                Layout::bytes(least_slots, bulk),
                 " bytes of shared memory per block, this GPU has ", available);
-  int shared_bytes = Layout::bytes(num_slots);
+  int shared_bytes = Layout::bytes(num_slots, bulk);
   OPTIMUS_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   CUtensorMap k_map = {}, v_map = {};
-  if (copies_in_bulk(kernel)) {
+  if (bulk) {
     k_map = make_page_map(params.k_pages, kHeadDim, params.page_size);
     v_map = make_page_map(params.v_pages, kHeadDim, params.page_size);
   }

@@ -60,11 +60,6 @@ struct Consumer {
     int row_warps = packed <= 16 ? 1 : packed <= 32 ? 2 : packed <= 64 ? 4 : 8;
     return find_queries(args, piece, (warp & (row_warps - 1)) * 16, lane);
   }
-  __device__ __forceinline__ Queries fetch(const Piece& piece) {
-    const Queries queries = find(piece);
-    copy_queries<kHeadDim>(args, queries, output.staging(), lane);
-    return queries;
-  }
 
   // kRowWarps warps side by side hold the packed rows; each takes kKeys of a tile's keys.
   template <int kRowWarps, int kKeys>
@@ -72,34 +67,57 @@ struct Consumer {
                                             int& turn) {
     constexpr int kTeamWarps = kRowWarps * (kTileKeys / kKeys);
     constexpr int kTeams = kConsumerWarps / kTeamWarps;
+    const Queries rows = queries;
+    const PieceOutput done(args, piece);
+    const Item item = piece.item;
+    const int end_tile = piece.end_tile;
+    int tile = piece.at.tile;
     State state;
-    state.take(queries, output.staging(), lane);
+    begin_piece(state, piece, queries);
     int first_row = warp / kRowWarps % (kTileKeys / kKeys) * kKeys;
-    for (int tile = piece.at.tile; tile < piece.end_tile; ++tile) {
+    for (; tile < end_tile; ++tile) {
       if (turn++ % kTeams == warp / kTeamWarps) {
-        run_tile<kKeys>(state, piece, tile * kTileKeys, first_row, at);
+        run_tile<kKeys>(state, item, tile * kTileKeys, first_row, at);
       } else {
         skip_tile(at);
       }
       release(at.slot);
       at.advance(args.num_slots);
     }
-    finish_piece<kRowWarps>(state, piece, queries);
+    end_piece<kRowWarps>(state, done, rows, piece, queries);
+  }
+
+  // Takes Q. Where there is room, the next piece's Q is on its way from then on, else from the end.
+  __device__ __forceinline__ void begin_piece(State& state, Piece& piece, Queries& queries) {
+    state.take(queries, output.staging(), lane);
+    if (kQueriesApart) move_on(piece, queries);
+  }
+  template <int kRowWarps>
+  __device__ __forceinline__ void end_piece(State& state, const PieceOutput& done,
+                                            const Queries& rows, Piece& piece, Queries& queries) {
+    output.template finish<kRowWarps>(args, state, done, rows, warp, lane);
+    if (!kQueriesApart) move_on(piece, queries);
+  }
+  __device__ __forceinline__ void move_on(Piece& piece, Queries& queries) {
+    piece.next(args);
+    if (!piece.valid()) return;
+    queries = find(piece);
+    copy_queries<kHeadDim>(args, queries, output.staging(), lane);
   }
 
   template <int kKeys>
-  __device__ __forceinline__ void run_tile(State& state, const Piece& piece, int tile_key,
+  __device__ __forceinline__ void run_tile(State& state, const Item& item, int tile_key,
                                            int first_row, RingPosition at) {
     uint32_t k = ring.k(at.slot, kTileBytes<kHeadDim>), v = ring.v(at.slot, kTileBytes<kHeadDim>);
     float scores[kKeys / 8][4], factors[2];
     ptx::barrier_wait(ring.k_full(at.slot), at.phase);
     score<kHeadDim, kKeys>(state, scores, k, first_row, lane);
-    if (tile_key + kTileKeys > piece.item.first_limit) {
+    if (tile_key + kTileKeys > item.first_limit) {
       mask<kHeadDim, kKeys>(state, scores, tile_key + first_row, lane);
     }
     if (advance_softmax(state, scores, args.scale_log2, factors)) rescale(state, factors);
     ptx::barrier_wait(ring.v_full(at.slot), at.phase);
-    int keys_left = piece.item.last_limit - tile_key - first_row;
+    int keys_left = item.last_limit - tile_key - first_row;
     if (keys_left < kKeys) {
       accumulate<kHeadDim, kKeys, true>(state, scores, v, first_row, keys_left, lane);
     } else {
@@ -127,35 +145,20 @@ struct Consumer {
     release_v(slot);
   }
 
-  // Writes the piece and moves on to the next. When no other warp looks at this one's shared memory,
-  // the next piece's Q is on its way meanwhile.
-  template <int kRowWarps>
-  __device__ __forceinline__ void finish_piece(State& state, Piece& piece, Queries& queries) {
-    constexpr bool kAlone = kRowWarps == kConsumerWarps;
-    const Queries rows = queries;
-    const PieceOutput done(args, piece);
-    piece.next(args);
-    if (kAlone && piece.valid()) queries = fetch(piece);
-    output.template finish<kRowWarps>(args, state, done, rows, warp, lane);
-    if (!kAlone && piece.valid()) queries = fetch(piece);
-  }
-
 #if defined(OPTIMUS_WGMMA)
-  // A team is a warpgroup (four row warps), or both are one (eight): then no other warp looks at this
-  // one's shared memory, and the next piece's Q is on its way from the start. While a tile's softmax
-  // runs, the tensor cores work on the product of the tile before with V.
+  // A team is a warpgroup (four row warps), or both are one (eight). While a tile's softmax runs, the tensor
+  // cores work on the product of the tile before with V.
   template <int kRowWarps>
   __device__ __forceinline__ void run_tall_piece(Piece& piece, Queries& queries, RingPosition& at,
                                                  int& turn) {
     constexpr int kTeams = kConsumerWarps / kRowWarps;
-    State state;
-    state.take(queries, output.staging(), lane);
     const Queries rows = queries;
     const PieceOutput done(args, piece);
     const int first_limit = piece.item.first_limit, last_limit = piece.item.last_limit;
     const int team = kTeams > 1 ? warp / kRowWarps : 0, end_tile = piece.end_tile;
     int tile = piece.at.tile;
-    if (kTeams == 1) move_on(piece, queries);
+    State state;
+    begin_piece(state, piece, queries);
     RingPosition held;  // the tile whose probabilities are in p
     int held_tile = -1;
     uint32_t p[kTileKeys / 16][4];
@@ -180,14 +183,7 @@ struct Consumer {
     if (kTeams > 1 && held_tile + 1 != end_tile && last_limit < end_tile * kTileKeys) {
       meet_warpgroup();
     }
-    output.template finish<kRowWarps>(args, state, done, rows, warp, lane);
-    if (kTeams > 1) move_on(piece, queries);
-  }
-
-  // To the next piece, whose Q is on its way when this returns.
-  __device__ __forceinline__ void move_on(Piece& piece, Queries& queries) {
-    piece.next(args);
-    if (piece.valid()) queries = fetch(piece);
+    end_piece<kRowWarps>(state, done, rows, piece, queries);
   }
 
   // The product of the last tile with V, of which rows from `keys_left` on may hold anything.
@@ -273,10 +269,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint32_t raw_address = ptx::shared_address(raw);
   uint32_t padding = -raw_address % Layout::kAlignment;
   unsigned char* after_slots = raw + padding + args.num_slots * 2 * kTileBytes<kHeadDim>;
-  float* sums = reinterpret_cast<float*>(after_slots);
-  float2* max_sum = reinterpret_cast<float2*>(after_slots + Layout::kSums);
-  Ring ring = {raw_address + padding,
-               ptx::shared_address(after_slots + Layout::kSums + Layout::kMaxSum)};
+  float2* max_sum = reinterpret_cast<float2*>(after_slots + Layout::kSums +
+                                              (kQueriesApart ? Layout::kQueries : 0));
+  Ring ring = {raw_address + padding, ptx::shared_address(max_sum) + Layout::kMaxSum};
   int warp = ptx::of_warp(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
   __builtin_assume(warp >= 0 && warp < kThreads / 32);
 
@@ -310,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::raise_registers<240>();
     const Share share = load_past_l1(&args.ws.shares[blockIdx.x]);
-    const Output<kHeadDim> output = {sums, max_sum, warp};
+    const Output<kHeadDim> output = {reinterpret_cast<float*>(after_slots), max_sum, warp};
     if (threadIdx.x == 0) output.cut_pieces() = {{{share.earlier}, {share.later}}};
     Consumer<kHeadDim>{args, ring, output, warp, lane}.run(share);
     merge_cut_pieces<kHeadDim>(args, output.cut_pieces());

@@ -27,12 +27,16 @@ struct Output {
 
   __device__ CutPieces& cut_pieces() const {
     using Layout = SharedLayout<kHeadDim>;
-    return *reinterpret_cast<CutPieces*>(reinterpret_cast<char*>(sums) + Layout::kSums +
-                                         Layout::kMaxSum + Layout::kBarriers);
+    return *reinterpret_cast<CutPieces*>(reinterpret_cast<char*>(max_sum) + Layout::kMaxSum +
+                                         Layout::kBarriers);
   }
 
-  // The warp's part of `sums` also stages Q (first half) and finished rows (second half).
-  __device__ uint32_t staging() const { return ptx::shared_address(sums + warp * 16 * kHeadDim); }
+  // Where the warp's Q comes to.
+  __device__ uint32_t staging() const {
+    return kQueriesApart ? ptx::shared_address(sums) + SharedLayout<kHeadDim>::kSums +
+                               warp * 16 * kHeadDim * 2
+                         : ptx::shared_address(sums + warp * 16 * kHeadDim);
+  }
 
   template <int kRowWarps>
   __device__ __forceinline__ void finish(const AttentionArgs& args, WarpState<kHeadDim>& state,
@@ -60,7 +64,7 @@ struct Output {
                                              int lane) {
     constexpr int kChunks = kHeadDim / 8;  // of 16 bytes per row
     constexpr int kRowsPerPass = 32 / kChunks;
-    char* to = reinterpret_cast<char*>(sums + warp * 16 * kHeadDim) + 16 * kHeadDim * 2;
+    char* to = reinterpret_cast<char*>(sums + warp * 16 * kHeadDim);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int row = lane / 4 + half * 8;

@@ -17,8 +17,12 @@ struct ScheduleArgs {
   const int32_t* cu_seqlens_q;
   const int32_t* kv_limits;
   const int32_t* positions;
-  int num_seqs, group, num_kv_heads;
+  int num_seqs, group, num_kv_heads, head_dim;
   Workspace ws;
+};
+
+struct PairCost {
+  int tile, piece;
 };
 
 struct Scratch {
@@ -31,6 +35,8 @@ struct Scratch {
   Item items[kCachedItems];
   int least_cost, largest_cost;  // of a pair
   int largest_dealt;             // cost of a share
+  int unique_tiles;              // of a KV head: what all items of a sequence share, once
+  PairCost costs[4];             // by kind
   uint32_t kinds;                // of all sequences, a bit each
 };
 
@@ -85,25 +91,50 @@ __device__ int kind_of(int packed) {
   return packed <= 16 ? 0 : packed <= 32 ? 1 : packed <= 64 ? 2 : 3;
 }
 
-// Costs, in eighths of a small item's tile: fitted to the times of CTAs in batches of many kinds, where they
-// share the memory's bandwidth. A pair's tiles are followed by what a piece costs beside them: loading
-// Q, merging and writing its rows.
-__device__ int tile_cost(const Item& item) {
-  const int kind = kind_of(item.packed_count);
-  return kind < 2 ? 8 : kind == 2 ? 9 : 10;
+// What items cost, by kind_of(): a tile, a piece beside its tiles (loading Q, merging and writing its rows),
+// and the ends of a share, where pairs are cut (writing sums, waiting, merging). In sixteenths of a small
+// item's tile, about 60 cycles; fitted to the times of CTAs in steps of many kinds.
+struct Cost {
+  int tile, piece, ends;
+};
+__device__ Cost cost_of(int kind, bool memory_bound) {
+  switch (kind) {
+    case 0:
+      return {memory_bound ? 24 : 15, 46, 50};
+    case 1:
+      return {memory_bound ? 25 : 15, 55, 60};
+    case 2:
+      return {memory_bound ? 31 : 18, 65, 130};
+    default:
+      return {memory_bound ? 29 : 25, memory_bound ? 85 : 60, 300};
+  }
 }
-__device__ int piece_cost(const Item& item) {
-  const int kind = kind_of(item.packed_count);
-  return kind == 0 ? 24 : kind == 1 ? 29 : kind == 2 ? 36 : 28;
-}
-__device__ int pair_cost(const Item& item) {
-  return piece_cost(item) + tile_cost(item) * item.num_tiles;
-}
+// A tile of head_dim 128 at the bandwidth of the memory, when every SM reads.
+constexpr int kMemoryTileCost = 27;
 // Shares are at least this long: a small item's piece of two tiles. No share that a pair runs through
-// may be without a tile of it, for the merge takes a part from each: so not below any tile_cost.
-constexpr int kMinShareCost = 44;
-// What cutting adds to a share of tall items: a piece, and merging at both ends.
-constexpr int kCutCost = 100;
+// may be without a tile of it, for the merge takes a part from each: so not below any tile's cost.
+constexpr int kMinShareCost = 76;
+
+__device__ int tile_cost(const Scratch& scratch, const Item& item) {
+  return scratch.costs[kind_of(item.packed_count)].tile;
+}
+__device__ int pair_cost(const Scratch& scratch, const Item& item) {
+  const PairCost& cost = scratch.costs[kind_of(item.packed_count)];
+  return cost.piece + cost.tile * item.num_tiles;
+}
+
+// A step of several kinds: when the memory is the limit, tiles of all kinds take about as long, for SMs
+// read equally fast; and the more a kind loses at the ends of a share, the shorter its shares.
+// By one thread for each kind.
+__device__ void fit_costs(const ScheduleArgs& args, Scratch& scratch, int kind, int length) {
+  const int memory =
+      scratch.unique_tiles * args.num_kv_heads * (kMemoryTileCost * args.head_dim / 128);
+  const Cost cost = cost_of(kind, memory > length);
+  const int share = max(max(memory, length) / args.ws.num_shares, 3 * cost.ends);
+  const float factor = static_cast<float>(share) / (share - cost.ends);
+  scratch.costs[kind] = {static_cast<int>(cost.tile * factor + 0.5f),
+                         static_cast<int>(cost.piece * factor + 0.5f)};
+}
 
 // The chunk's sequences by kind, in order otherwise. Ends with a barrier.
 __device__ void sort_by_kind(Scratch& scratch, int seq, int kind) {
@@ -151,11 +182,13 @@ __device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool so
         item = make_item(args, scratch, seq_in_chunk,
                          sorted ? scratch.seqs[seq_in_chunk] : first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
-        cost = pair_cost(item) * args.num_kv_heads;
-        atomicMin(&scratch.least_cost, pair_cost(item));
-        atomicMax(&scratch.largest_cost, pair_cost(item));
-        if (item.packed_begin == 0) {
-          atomicOr(&scratch.kinds, 1u << kind_of(scratch.packed_rows[seq_in_chunk]));
+        cost = pair_cost(scratch, item) * args.num_kv_heads;
+        atomicMin(&scratch.least_cost, pair_cost(scratch, item));
+        atomicMax(&scratch.largest_cost, pair_cost(scratch, item));
+        const int seq_rows = scratch.packed_rows[seq_in_chunk];
+        if (item.packed_begin + item.packed_count == seq_rows) {
+          atomicOr(&scratch.kinds, 1u << kind_of(seq_rows));
+          atomicAdd(&scratch.unique_tiles, item.num_tiles);
         }
       }
       int total;
@@ -193,40 +226,43 @@ struct Cut {
 };
 
 // The first tile at or behind `place`, and the item it belongs to.
-__device__ Position locate(const Line& line, int num_kv_heads, int place, Item& item) {
+__device__ Position locate(const Scratch& scratch, const Line& line, int num_kv_heads, int place,
+                           Item& item) {
   const int item_idx = last_not_above(line.offsets, line.num_items, place);
   item = line.items[item_idx];
-  const int rest = place - line.offsets[item_idx], head = rest / pair_cost(item);
-  const Position at = {item_idx * num_kv_heads + head,
-                       (rest - head * pair_cost(item) + tile_cost(item) - 1) / tile_cost(item)};
+  const int pair = pair_cost(scratch, item), tile = tile_cost(scratch, item);
+  const int rest = place - line.offsets[item_idx], head = rest / pair;
+  const Position at = {item_idx * num_kv_heads + head, (rest - head * pair + tile - 1) / tile};
   if (at.tile < item.num_tiles) return at;
   if (head + 1 == num_kv_heads && item_idx + 1 < line.num_items) item = line.items[item_idx + 1];
   return {at.pair + 1, 0};
 }
 
 // The shares that have a part of the pair at `at`.
-__device__ Merge merge_of(const Line& line, int num_kv_heads, Cut cut, const Item& item,
-                          Position at) {
-  int head_begin = line.offsets[at.pair / num_kv_heads] + at.pair % num_kv_heads * pair_cost(item);
+__device__ Merge merge_of(const Scratch& scratch, const Line& line, int num_kv_heads, Cut cut,
+                          const Item& item, Position at) {
+  int head_begin =
+      line.offsets[at.pair / num_kv_heads] + at.pair % num_kv_heads * pair_cost(scratch, item);
   int first = cut.owner(head_begin);
-  int last = cut.owner(head_begin + tile_cost(item) * (item.num_tiles - 1));
+  int last = cut.owner(head_begin + tile_cost(scratch, item) * (item.num_tiles - 1));
   return {first, last - first + 1};
 }
 
-__device__ void write_share(const ScheduleArgs& args, const Line& line, Cut cut, int c) {
+__device__ void write_share(const ScheduleArgs& args, const Scratch& scratch, const Line& line,
+                            Cut cut, int c) {
   int begin = cut.begin(c), end = min(cut.begin(c + 1), line.length);
   Share share = {};
   if (end > begin) {
     Item last;
-    share.begin = locate(line, args.num_kv_heads, begin, share.item);
+    share.begin = locate(scratch, line, args.num_kv_heads, begin, share.item);
     share.end = {line.num_items * args.num_kv_heads, 0};
     share.steps[0] = share.steps[1] = 1;
-    if (end < line.length) share.end = locate(line, args.num_kv_heads, end, last);
+    if (end < line.length) share.end = locate(scratch, line, args.num_kv_heads, end, last);
     if (share.begin.tile > 0) {
-      share.earlier = merge_of(line, args.num_kv_heads, cut, share.item, share.begin);
+      share.earlier = merge_of(scratch, line, args.num_kv_heads, cut, share.item, share.begin);
     }
     if (share.end.tile > 0) {
-      share.later = merge_of(line, args.num_kv_heads, cut, last, share.end);
+      share.later = merge_of(scratch, line, args.num_kv_heads, cut, last, share.end);
     }
   }
   args.ws.shares[c] = share;
@@ -288,11 +324,12 @@ __device__ int dealt_pair(int round, int c, int num_shares) {
 __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, int length) {
   int *costs = scratch.row_begin, *sorted = scratch.packed_rows, *order = scratch.seqs;
   const int tid = threadIdx.x, num_pairs = num_items * args.num_kv_heads;
-  if (tid < num_items) costs[tid] = pair_cost(scratch.items[tid]);
+  if (tid < num_items) costs[tid] = pair_cost(scratch, scratch.items[tid]);
   __syncthreads();
   if (tid < num_items) {
     const int cost = costs[tid];
     int rank = 0;
+#pragma unroll 8
     for (int i = 0; i < num_items; ++i) rank += costs[i] > cost || (costs[i] == cost && i < tid);
     sorted[rank] = cost;
     order[rank] = tid;
@@ -307,7 +344,9 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, 
     atomicMax(&scratch.largest_dealt, total);
   }
   __syncthreads();
-  if (scratch.largest_dealt > length + kCutCost) return false;
+  // Cutting adds a piece to a share, and its ends.
+  const Cost cost = cost_of(3, false);
+  if (scratch.largest_dealt > length + cost.piece + cost.ends) return false;
   if (tid < num_items) args.ws.items[tid] = scratch.items[order[tid]];
   return true;
 }
@@ -332,8 +371,12 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   if (threadIdx.x == 0) {
     scratch.largest_cost = 0;
     scratch.least_cost = INT_MAX;
-    scratch.largest_dealt = 0;
+    scratch.largest_dealt = scratch.unique_tiles = 0;
     scratch.kinds = 0;
+  }
+  if (threadIdx.x < 4) {
+    const Cost cost = cost_of(threadIdx.x, false);
+    scratch.costs[threadIdx.x] = {cost.tile, cost.piece};
   }
   __syncthreads();
   // Code is slow to fetch: a share should meet few kinds of items. So where there are several, once
@@ -344,7 +387,9 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   while (true) {
     listed = list_items(args, scratch, sorted);
     if (sorted || __popc(scratch.kinds) <= 1) break;
+    if (threadIdx.x < 4) fit_costs(args, scratch, threadIdx.x, listed.length);
     sorted = true;
+    __syncthreads();
   }
   Line line = {scratch.items, scratch.cost_offsets, listed.num_items, listed.length};
   if (line.num_items > kCachedItems) {
@@ -363,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
     } else if (dealt) {
       write_dealt_share(args, scratch, line.num_items, c);
     } else {
-      write_share(args, line, cut, c);
+      write_share(args, scratch, line, cut, c);
     }
     args.ws.arrivals[c] = args.ws.left_rows[2 * c] = args.ws.left_rows[2 * c + 1] = 0;
   }
@@ -382,6 +427,7 @@ void launch_schedule(const BlockAttentionParams& params, const Workspace& ws, cu
                        params.num_seqs,
                        params.num_q_heads / params.num_kv_heads,
                        params.num_kv_heads,
+                       params.head_dim,
                        ws};
   launch(schedule_kernel, {dim3(1), dim3(kThreads)}, stream, args);
 }

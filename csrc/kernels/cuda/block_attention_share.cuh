@@ -40,18 +40,27 @@ struct AttentionArgs {
 template <int kHeadDim>
 constexpr int kTileBytes = kTileKeys * kHeadDim * 2;  // of K or of V
 
-// Shared memory: slots (K then V each), the copies' sums, (max, sum) of each copy's rows, barriers, the
-// cut pieces.
+// Whether a warp has a place for the next piece's Q beside that for its sums. Before sm_90 shared memory
+// is too small.
+#if defined(OPTIMUS_SM90)
+constexpr bool kQueriesApart = true;
+#else
+constexpr bool kQueriesApart = false;
+#endif
+
+// Shared memory: slots (K then V each), the copies' sums (or finished rows), Q of the next piece if apart,
+// (max, sum) of each copy's rows, barriers, the cut pieces.
 template <int kHeadDim>
 struct SharedLayout {
   static constexpr int kSums = kConsumerWarps * 16 * kHeadDim * 4;
+  static constexpr int kQueries = kConsumerWarps * 16 * kHeadDim * 2;
   static constexpr int kMaxSum = kConsumerWarps * 16 * 8;
   static constexpr int kBarriers = 4 * kMaxSlots * 8;
   static constexpr int kAlignment = 1024;  // of the swizzle pattern
 
-  static int bytes(int num_slots) {
-    return kAlignment + num_slots * 2 * kTileBytes<kHeadDim> + kSums + kMaxSum + kBarriers +
-           kCutPiecesBytes;
+  static int bytes(int num_slots, bool queries_apart) {
+    return kAlignment + num_slots * 2 * kTileBytes<kHeadDim> + kSums +
+           (queries_apart ? kQueries : 0) + kMaxSum + kBarriers + kCutPiecesBytes;
   }
 };
 
@@ -128,6 +137,10 @@ struct Piece {
   __device__ bool valid() const { return is_before_end(at); }
   __device__ bool whole() const { return at.tile == 0 && end_tile == item.num_tiles; }
   __device__ void next(const AttentionArgs& args) {
+    if (!is_before_end({at.pair + step, 0})) {
+      at = end;
+      return;
+    }
     const int item_idx = item_of(args, at.pair);
     at = {at.pair + step, 0};
     if (item_of(args, at.pair) != item_idx) item = following;
