@@ -36,8 +36,9 @@ struct Scratch {
   int least_cost, largest_cost;  // of a pair
   int largest_dealt;             // cost of a share
   int unique_tiles;              // of a KV head: what all items of a sequence share, once
-  PairCost costs[4];             // by kind
-  uint32_t kinds;                // of all sequences, a bit each
+  int arithmetic;     // of a KV head: the cost of all items where memory is not the limit
+  PairCost costs[4];  // by kind
+  uint32_t kinds;     // of all sequences, a bit each
 };
 
 // Exclusive prefix sum over the CTA; `total` gets the sum. Two barriers.
@@ -100,20 +101,20 @@ struct Cost {
 __device__ Cost cost_of(int kind, bool memory_bound) {
   switch (kind) {
     case 0:
-      return {memory_bound ? 24 : 15, 46, 50};
+      return {memory_bound ? 24 : 15, 55, 50};
     case 1:
-      return {memory_bound ? 25 : 15, 55, 60};
+      return {memory_bound ? 25 : 15, 65, 60};
     case 2:
-      return {memory_bound ? 31 : 18, 65, 130};
+      return {memory_bound ? 31 : 18, 72, 140};
     default:
-      return {memory_bound ? 29 : 25, memory_bound ? 85 : 60, 300};
+      return {memory_bound ? 28 : 25, memory_bound ? 80 : 62, 280};
   }
 }
 // A tile of head_dim 128 at the bandwidth of the memory, when every SM reads.
 constexpr int kMemoryTileCost = 27;
 // Shares are at least this long: a small item's piece of two tiles. No share that a pair runs through
 // may be without a tile of it, for the merge takes a part from each: so not below any tile's cost.
-constexpr int kMinShareCost = 76;
+constexpr int kMinShareCost = 103;
 
 __device__ int tile_cost(const Scratch& scratch, const Item& item) {
   return scratch.costs[kind_of(item.packed_count)].tile;
@@ -123,14 +124,14 @@ __device__ int pair_cost(const Scratch& scratch, const Item& item) {
   return cost.piece + cost.tile * item.num_tiles;
 }
 
-// A step of several kinds: when the memory is the limit, tiles of all kinds take about as long, for SMs
+// For a step of several kinds. When the memory is the limit, tiles of all kinds take about as long, for SMs
 // read equally fast; and the more a kind loses at the ends of a share, the shorter its shares.
 // By one thread for each kind.
-__device__ void fit_costs(const ScheduleArgs& args, Scratch& scratch, int kind, int length) {
-  const int memory =
-      scratch.unique_tiles * args.num_kv_heads * (kMemoryTileCost * args.head_dim / 128);
-  const Cost cost = cost_of(kind, memory > length);
-  const int share = max(max(memory, length) / args.ws.num_shares, 3 * cost.ends);
+__device__ void fit_costs(const ScheduleArgs& args, Scratch& scratch, int kind) {
+  const int memory = scratch.unique_tiles * (kMemoryTileCost * args.head_dim / 128);
+  const Cost cost = cost_of(kind, memory > scratch.arithmetic);
+  const int all = max(memory, scratch.arithmetic) * args.num_kv_heads;
+  const int share = max(all / args.ws.num_shares, 3 * cost.ends);
   const float factor = static_cast<float>(share) / (share - cost.ends);
   scratch.costs[kind] = {static_cast<int>(cost.tile * factor + 0.5f),
                          static_cast<int>(cost.piece * factor + 0.5f)};
@@ -190,6 +191,8 @@ __device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool so
           atomicOr(&scratch.kinds, 1u << kind_of(seq_rows));
           atomicAdd(&scratch.unique_tiles, item.num_tiles);
         }
+        const Cost arithmetic = cost_of(kind_of(item.packed_count), false);
+        atomicAdd(&scratch.arithmetic, arithmetic.piece + arithmetic.tile * item.num_tiles);
       }
       int total;
       int offset = length + exclusive_scan(cost, scratch.warp_sums, total);
@@ -345,7 +348,7 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, 
   }
   __syncthreads();
   // Cutting adds a piece to a share, and its ends.
-  const Cost cost = cost_of(3, false);
+  const Cost cost = cost_of(3, true);
   if (scratch.largest_dealt > length + cost.piece + cost.ends) return false;
   if (tid < num_items) args.ws.items[tid] = scratch.items[order[tid]];
   return true;
@@ -371,11 +374,11 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   if (threadIdx.x == 0) {
     scratch.largest_cost = 0;
     scratch.least_cost = INT_MAX;
-    scratch.largest_dealt = scratch.unique_tiles = 0;
+    scratch.largest_dealt = scratch.unique_tiles = scratch.arithmetic = 0;
     scratch.kinds = 0;
   }
   if (threadIdx.x < 4) {
-    const Cost cost = cost_of(threadIdx.x, false);
+    const Cost cost = cost_of(threadIdx.x, true);
     scratch.costs[threadIdx.x] = {cost.tile, cost.piece};
   }
   __syncthreads();
@@ -387,7 +390,7 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   while (true) {
     listed = list_items(args, scratch, sorted);
     if (sorted || __popc(scratch.kinds) <= 1) break;
-    if (threadIdx.x < 4) fit_costs(args, scratch, threadIdx.x, listed.length);
+    if (threadIdx.x < 4) fit_costs(args, scratch, threadIdx.x);
     sorted = true;
     __syncthreads();
   }
