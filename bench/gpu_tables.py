@@ -28,6 +28,38 @@ def attention_table(report: Result) -> str:
     return "\n".join(lines)
 
 
+def unequal_table(report: Result) -> str:
+    """Microseconds of block_attention over unequal requests, and equal ones of the same bytes."""
+    by_name = {result["name"]: result for result in report["results"]}
+    cases = [
+        ("32: 1 to 32 masks, 2,048 keys on average", "mixed b 32", "uniform like mixed b 32"),
+        ("128: the same", "mixed b 128", "uniform like mixed b 128"),
+        ("64: 320 keys, but one 32,000", "one 100x longer", "uniform like outlier"),
+    ]
+    lines = ["| requests | unequal | equal | ratio |", "|---|---|---|---|"]
+    for label, *names in cases:
+        unequal, equal = (by_name[name]["layer_us"] for name in names)
+        lines.append(f"| {label} | {unequal:.0f} | {equal:.0f} | {unequal / equal:.2f} |")
+    return "\n".join(lines)
+
+
+def prompts_table(report: Result) -> str:
+    """Milliseconds of block_attention over prompts, and its arithmetic beside that of a product."""
+    lines = [
+        "| prompt | a layer, ms | TFLOP/s | of a product of 8192 x 8192 |",
+        "|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        if "gemm_tflops" not in result:
+            continue
+        tflops = result["flops"] / result["layer_us"] * 1e-6
+        lines.append(
+            f"| {result['name'].removeprefix('prefill ')} | {result['layer_us'] * 1e-3:.3f} "
+            f"| {tflops:.0f} | {100 * tflops / result['gemm_tflops']:.0f}% |"
+        )
+    return "\n".join(lines)
+
+
 def steps_table(report: Result) -> str:
     """A whole step of the grown 8B model against its GEMMs alone and its KV bytes."""
     lines = [

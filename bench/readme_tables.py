@@ -19,7 +19,14 @@ from typing import Any
 from accuracy_table import CHUNK_LENGTHS, paired_difference
 from accuracy_table import markdown as accuracy_markdown
 from controller_tables import capacity_table, loads_table, sweeps_table
-from gpu_tables import attention_table, kernels_table, steps_table, throughput_table
+from gpu_tables import (
+    attention_table,
+    kernels_table,
+    prompts_table,
+    steps_table,
+    throughput_table,
+    unequal_table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -184,6 +191,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "controller-sweeps": controller_sweeps,
     "serving-capacity": serving_capacity,
     "gpu-attention": lambda: on_gpu("block_attention_h200.json", attention_table),
+    "gpu-unequal": lambda: on_gpu("block_attention_h200.json", unequal_table),
+    "gpu-prompts": lambda: on_gpu("block_attention_h200.json", prompts_table),
     "gpu-kernels": lambda: on_gpu("kernels_cuda_h200.json", kernels_table),
     "gpu-steps": lambda: on_gpu("engine_steps_h200.json", steps_table),
     "gpu-throughput": lambda: on_gpu("engine_throughput_h200.json", throughput_table),
