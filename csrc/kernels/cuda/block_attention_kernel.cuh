@@ -159,21 +159,23 @@ struct Consumer {
     int tile = piece.at.tile;
     State state;
     begin_piece(state, piece, queries);
-    RingPosition held;  // the tile whose probabilities are in p
+    bool k_is_there = false;  // of the tile at hand
+    RingPosition held;        // the tile whose probabilities are in p
     int held_tile = -1;
     uint32_t p[kTileKeys / 16][4];
     while (tile < end_tile && turn % kTeams != team) pass_tile(at, tile, turn);
     if (tile < end_tile) {
-      run_tall_tile<false>(state, p, first_limit, tile, at, held);
+      run_tall_tile<false>(state, p, first_limit, tile, at, held, k_is_there);
       held = at, held_tile = tile;
       advance(at, tile, turn);
     }
     while (tile < end_tile) {
       if (turn % kTeams != team) {
+        k_is_there = false;
         pass_tile(at, tile, turn);
         continue;
       }
-      run_tall_tile<true>(state, p, first_limit, tile, at, held);
+      run_tall_tile<true>(state, p, first_limit, tile, at, held, k_is_there);
       held = at, held_tile = tile;
       advance(at, tile, turn);
     }
@@ -214,18 +216,21 @@ struct Consumer {
 
   // The tile's probabilities to p. With kHeld, those of tile `held`, which p has until then, are
   // multiplied with its V, which is released. K is released as soon as the scores are there.
+  // A wait takes a while even where there is nothing to wait for: whether V and the next K are there is
+  // asked well before they are needed.
   template <bool kHeld>
   __device__ __forceinline__ void run_tall_tile(State& state, uint32_t (&p)[kTileKeys / 16][4],
                                                 int first_limit, int tile, RingPosition at,
-                                                RingPosition held) {
+                                                RingPosition held, bool& k_is_there) {
     float scores[kTileKeys / 8][4], factors[2];
-    ptx::barrier_wait(ring.k_full(at.slot), at.phase);
+    if (!k_is_there) ptx::barrier_wait(ring.k_full(at.slot), at.phase);
     wgmma_fence();
     issue_scores<kHeadDim>(state, scores, ring.k(at.slot, kTileBytes<kHeadDim>));
     if (kHeld) {
       wgmma_fence();
       issue_values<kHeadDim>(state, p, ring.v(held.slot, kTileBytes<kHeadDim>));
     }
+    const bool v_is_there = ptx::barrier_test(ring.v_full(at.slot), at.phase);
     wgmma_wait<kHeld ? 1 : 0>();
     pin(scores);
     release_k(at.slot);
@@ -233,10 +238,10 @@ struct Consumer {
       mask<kHeadDim, kTileKeys>(state, scores, tile * kTileKeys, lane);
     }
     bool rescales = advance_softmax(state, scores, args.scale_log2, factors);
-    // V must be there before the product that follows. Its barrier's address depends on the softmax,
-    // in truth by nothing, so that the compiler does not put that off until after the waits.
-    uint32_t nothing = state.sum[0] + state.sum[1] < 0 ? 8 : 0;
-    ptx::barrier_wait(ring.v_full(at.slot) + nothing, at.phase);
+    if (!v_is_there) ptx::barrier_wait(ring.v_full(at.slot), at.phase);
+    RingPosition following = at;
+    following.advance(args.num_slots);
+    k_is_there = ptx::barrier_test(ring.k_full(following.slot), following.phase);
     if (kHeld) {
       wgmma_wait<0>();
       pin(p);
