@@ -28,13 +28,15 @@ except ModuleNotFoundError as error:
 
 CSRC = Path("csrc")
 SOURCE_KINDS = ("", "torch", "torch-free", "cuda")
-# The same flags as in CMakeLists.txt: one Hopper build with its own instructions, one for the rest.
+# The same flags as in CMakeLists.txt: one Hopper build with its own instructions, one for the rest,
+# and PTX that GPUs later than Hopper compile when they load it.
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
     "-gencode=arch=compute_90a,code=sm_90a",
     "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_80,code=compute_80",
     f"-I{CSRC.resolve()}",
     "-DOPTIMUS_WITH_CUDA",
 ]

@@ -10,8 +10,8 @@
 // per call, `layer us` one schedule per graph (a step runs one schedule for all its layers).
 // `floor us` is the fastest plain read of the call's K and V, replayed in the same way.
 //
-// Prompts are replayed for a while, as is a product of two 8192 x 8192 matrices behind each: the clock
-// falls under such work, and both are compared at the clock that lasts.
+// Prompts are replayed for a while, as is a product of two 8192 x 8192 matrices behind each: the
+// clock falls under such work, and both are compared at the clock that lasts.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -51,7 +51,8 @@ DeviceBuffer<T> upload(const std::vector<T>& host) {
   return device;
 }
 
-// Captures `body`, replays it for at least `seconds`, returns the median microseconds of the last `replays`.
+// Captures `body`, replays it for at least `seconds`, returns the median microseconds of the last
+// `replays`.
 float replay_us(cudaStream_t stream, const std::function<void()>& body, int replays,
                 double seconds = 0) {
   cudaGraph_t graph;

@@ -38,8 +38,13 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 }
 
 struct DeviceProperties {
-  int major = 0, num_sms = 0;
+  // `code`: the compute capability, times ten, that the code loaded there was compiled for: what it
+  // was compiled without, such as the waits above, must not be asked of it on any GPU.
+  int major = 0, code = 0, num_sms = 0;
 };
+
+template <class = void>
+__global__ void code_probe() {}
 
 // Of the current device; cached, since a step asks once per kernel.
 inline const DeviceProperties& device_properties() {
@@ -51,6 +56,9 @@ inline const DeviceProperties& device_properties() {
   if (properties.num_sms == 0) {
     OPTIMUS_CUDA_CHECK(
         cudaDeviceGetAttribute(&properties.major, cudaDevAttrComputeCapabilityMajor, device));
+    cudaFuncAttributes attributes;
+    OPTIMUS_CUDA_CHECK(cudaFuncGetAttributes(&attributes, code_probe<>));
+    properties.code = attributes.ptxVersion;
     OPTIMUS_CUDA_CHECK(
         cudaDeviceGetAttribute(&properties.num_sms, cudaDevAttrMultiProcessorCount, device));
   }
@@ -59,7 +67,7 @@ inline const DeviceProperties& device_properties() {
 
 struct LaunchShape {
   dim3 grid, block;
-  int cluster = 1;          // CTAs per cluster along x; needs compute capability 9
+  int cluster = 1;          // CTAs per cluster along x; needs code of compute capability 9
   size_t shared_bytes = 0;  // dynamic
 };
 
@@ -68,7 +76,7 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t st
             Args&&... args) {
   cudaLaunchAttribute attributes[3];
   int count = 0;
-  if (device_properties().major >= 9) {
+  if (device_properties().code >= 90) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
     // Kernels that run side by side on an SM have to agree on how much of it is shared memory.

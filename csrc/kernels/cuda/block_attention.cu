@@ -72,14 +72,6 @@ Workspace layout_workspace(const BlockAttentionParams& params) {
   return ws;
 }
 
-// Whether the code loaded for `kernel` was compiled for sm_90 or later, and so copies in bulk.
-template <class Kernel>
-bool copies_in_bulk(Kernel* kernel) {
-  cudaFuncAttributes attributes;
-  OPTIMUS_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  return attributes.ptxVersion >= 90;
-}
-
 // K or V pages as rows of head_dim elements; a box is 64 columns by the keys of a tile that share a
 // page. The number of pages is not known here, so the row bound is nominal.
 CUtensorMap make_page_map(const void* pages, int head_dim, int page_size) {
@@ -96,7 +88,7 @@ void launch_attention(const BlockAttentionParams& params, const Workspace& ws,
   OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
   OPTIMUS_CUDA_CHECK(
       cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const bool bulk = copies_in_bulk(kernel);
+  const bool bulk = device_properties().code >= 90;
   const int beside_slots = Layout::bytes(0, bulk);
   int num_slots = std::min(kMaxSlots, (available - beside_slots) / (2 * kTileBytes<kHeadDim>));
   // Two warpgroups that take tiles in turn hold the V of one while they wait for the one after next.

@@ -11,8 +11,8 @@
 // in the c-th equal interval of the line. A *piece* is the part of one (item, head) that lies in one
 // share: a share holds at most one piece that began in an earlier share (partial slot 0) and one that
 // goes on into a later share (partial slot 1); all pieces in between are whole and go straight to
-// the output. A prompt's rows see few keys or many: its pairs of item and head are dealt to the shares
-// whole, from the longest to the shortest, where that leaves them about equal.
+// the output. A prompt's rows see few keys or many: its pairs of item and head are dealt to the
+// shares whole, from the longest to the shortest, where that leaves them about equal.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -44,8 +44,8 @@ struct Merge {
   int first_share, num_parts;
 };
 
-// The tiles from `begin` to before `end`. From its first pair to the next it is steps[0] pairs, from that
-// one on steps[1], and so on in turn: 1, or more where pairs are dealt.
+// The tiles from `begin` to before `end`. From its first pair to the next it is steps[0] pairs,
+// from that one on steps[1], and so on in turn: 1, or more where pairs are dealt.
 struct Share {
   Item item;  // a copy of begin's, to start without another dependent load
   Position begin, end;

@@ -146,8 +146,8 @@ struct Consumer {
   }
 
 #if defined(OPTIMUS_WGMMA)
-  // A team is a warpgroup (four row warps), or both are one (eight). While a tile's softmax runs, the tensor
-  // cores work on the product of the tile before with V.
+  // A team is a warpgroup (four row warps), or both are one (eight). While a tile's softmax runs,
+  // the tensor cores work on the product of the tile before with V.
   template <int kRowWarps>
   __device__ __forceinline__ void run_tall_piece(Piece& piece, Queries& queries, RingPosition& at,
                                                  int& turn) {
@@ -216,8 +216,8 @@ struct Consumer {
 
   // The tile's probabilities to p. With kHeld, those of tile `held`, which p has until then, are
   // multiplied with its V, which is released. K is released as soon as the scores are there.
-  // A wait takes a while even where there is nothing to wait for: whether V and the next K are there is
-  // asked well before they are needed.
+  // A wait takes a while even where there is nothing to wait for: whether V and the next K are
+  // there is asked well before they are needed.
   template <bool kHeld>
   __device__ __forceinline__ void run_tall_tile(State& state, uint32_t (&p)[kTileKeys / 16][4],
                                                 int first_limit, int tile, RingPosition at,

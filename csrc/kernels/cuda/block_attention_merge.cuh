@@ -209,8 +209,8 @@ __device__ __forceinline__ void merge_cut_piece(const AttentionArgs& args, CutPi
 template <int kHeadDim>
 __device__ __forceinline__ void merge_cut_pieces(const AttentionArgs& args, CutPieces& pieces) {
   meet();  // thread 0 has written them
-  // What goes on into the next share has been there since that share's begin; the share before ends about
-  // now.
+  // What goes on into the next share has been there since that share's begin; the share before ends
+  // about now.
 #pragma unroll 1
   for (int i = 1; i >= 0; --i) {
     CutPiece& cut = pieces.cut[i];

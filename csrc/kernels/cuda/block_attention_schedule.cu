@@ -30,7 +30,7 @@ struct Scratch {
   int item_offsets[kThreads];  // of the current chunk of sequences
   int row_begin[kThreads];
   int packed_rows[kThreads];
-  int seqs[kThreads];
+  int seqs[kThreads];  // of the chunk, by kind; or, where pairs are dealt, items by falling cost
   int cost_offsets[kCachedItems];
   Item items[kCachedItems];
   int least_cost, largest_cost;  // of a pair
@@ -92,9 +92,10 @@ __device__ int kind_of(int packed) {
   return packed <= 16 ? 0 : packed <= 32 ? 1 : packed <= 64 ? 2 : 3;
 }
 
-// What items cost, by kind_of(): a tile, a piece beside its tiles (loading Q, merging and writing its rows),
-// and the ends of a share, where pairs are cut (writing sums, waiting, merging). In sixteenths of a small
-// item's tile, about 60 cycles; fitted to the times of CTAs in steps of many kinds.
+// What items cost, by kind_of(): a tile, a piece beside its tiles (loading Q, merging and writing
+// its rows), and the ends of a share, where pairs are cut (writing sums, waiting, merging). In
+// units of about 60 cycles, fitted to the times of CTAs in steps of many kinds. An int holds the
+// line as long as pairs times tiles stay below 45 million: 2,048 pairs of 1.4 million keys.
 struct Cost {
   int tile, piece, ends;
 };
@@ -112,8 +113,9 @@ __device__ Cost cost_of(int kind, bool memory_bound) {
 }
 // A tile of head_dim 128 at the bandwidth of the memory, when every SM reads.
 constexpr int kMemoryTileCost = 27;
-// Shares are at least this long: a small item's piece of two tiles. No share that a pair runs through
-// may be without a tile of it, for the merge takes a part from each: so not below any tile's cost.
+// Shares are at least this long: a small item's piece of two tiles. No share that a pair runs
+// through may be without a tile of it, for the merge takes a part from each: so not below any
+// tile's cost.
 constexpr int kMinShareCost = 103;
 
 __device__ int tile_cost(const Scratch& scratch, const Item& item) {
@@ -124,9 +126,9 @@ __device__ int pair_cost(const Scratch& scratch, const Item& item) {
   return cost.piece + cost.tile * item.num_tiles;
 }
 
-// For a step of several kinds. When the memory is the limit, tiles of all kinds take about as long, for SMs
-// read equally fast; and the more a kind loses at the ends of a share, the shorter its shares.
-// By one thread for each kind.
+// For a step of several kinds. When the memory is the limit, tiles of all kinds take about as long,
+// for SMs read equally fast; and the more a kind loses at the ends of a share, the shorter its
+// shares. By one thread for each kind.
 __device__ void fit_costs(const ScheduleArgs& args, Scratch& scratch, int kind) {
   const int memory = scratch.unique_tiles * (kMemoryTileCost * args.head_dim / 128);
   const Cost cost = cost_of(kind, memory > scratch.arithmetic);
@@ -317,25 +319,28 @@ __device__ void write_even_share(const ScheduleArgs& args, const Line& line, Eve
   args.ws.shares[c] = share;
 }
 
-// The pairs sorted by falling cost and dealt to the shares, there and back: share c's pair of a round.
+// The pairs sorted by falling cost and dealt to the shares, there and back: share c's pair of a
+// round.
 __device__ int dealt_pair(int round, int c, int num_shares) {
   return round * num_shares + (round % 2 == 0 ? c : num_shares - 1 - c);
 }
 
-// Whether dealing whole pairs leaves no share much above the equal parts `length` of the line. Then the items
-// in the workspace are sorted; `order` has their places on the line.
-__device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, int length) {
-  int *costs = scratch.row_begin, *sorted = scratch.packed_rows, *order = scratch.seqs;
+// Whether dealing whole pairs leaves no share much above `part`, the line in equal parts. Then the
+// items in the workspace are sorted, and scratch.seqs has their places on the line.
+__device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, int part) {
+  int *costs_on_line = scratch.row_begin, *sorted = scratch.packed_rows;
   const int tid = threadIdx.x, num_pairs = num_items * args.num_kv_heads;
-  if (tid < num_items) costs[tid] = pair_cost(scratch, scratch.items[tid]);
+  if (tid < num_items) costs_on_line[tid] = pair_cost(scratch, scratch.items[tid]);
   __syncthreads();
   if (tid < num_items) {
-    const int cost = costs[tid];
+    const int cost = costs_on_line[tid];
     int rank = 0;
 #pragma unroll 8
-    for (int i = 0; i < num_items; ++i) rank += costs[i] > cost || (costs[i] == cost && i < tid);
+    for (int i = 0; i < num_items; ++i) {
+      rank += costs_on_line[i] > cost || (costs_on_line[i] == cost && i < tid);
+    }
     sorted[rank] = cost;
-    order[rank] = tid;
+    scratch.seqs[rank] = tid;
   }
   __syncthreads();
   if (tid < args.ws.num_shares) {
@@ -349,8 +354,8 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, 
   __syncthreads();
   // Cutting adds a piece to a share, and its ends.
   const Cost cost = cost_of(3, true);
-  if (scratch.largest_dealt > length + cost.piece + cost.ends) return false;
-  if (tid < num_items) args.ws.items[tid] = scratch.items[order[tid]];
+  if (scratch.largest_dealt > part + cost.piece + cost.ends) return false;
+  if (tid < num_items) args.ws.items[tid] = scratch.items[scratch.seqs[tid]];
   return true;
 }
 
@@ -368,13 +373,12 @@ __device__ void write_dealt_share(const ScheduleArgs& args, const Scratch& scrat
   args.ws.shares[c] = share;
 }
 
-__global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args) {
-  __shared__ Scratch scratch;
-  wait_until_previous_is_done();
+// Ends with a barrier.
+__device__ void clear(Scratch& scratch) {
   if (threadIdx.x == 0) {
-    scratch.largest_cost = 0;
     scratch.least_cost = INT_MAX;
-    scratch.largest_dealt = scratch.unique_tiles = scratch.arithmetic = 0;
+    scratch.largest_cost = scratch.largest_dealt = 0;
+    scratch.unique_tiles = scratch.arithmetic = 0;
     scratch.kinds = 0;
   }
   if (threadIdx.x < 4) {
@@ -382,6 +386,12 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
     scratch.costs[threadIdx.x] = {cost.tile, cost.piece};
   }
   __syncthreads();
+}
+
+__global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args) {
+  __shared__ Scratch scratch;
+  wait_until_previous_is_done();
+  clear(scratch);
   // Code is slow to fetch: a share should meet few kinds of items. So where there are several, once
   // more; steps of one kind are common, and short.
   Listed listed;
@@ -399,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
     line.items = args.ws.items;
     line.offsets = args.ws.cost_offsets;
   }
-  const bool equal = scratch.least_cost == scratch.largest_cost;
+  const bool equal = !sorted && scratch.least_cost == scratch.largest_cost;
   const Even even = equal ? cut_evenly(line, args.num_kv_heads, args.ws.num_shares) : Even{};
   int used = max(1, min(args.ws.num_shares, line.length / kMinShareCost));
   Cut cut = {line.length / used, line.length % used};

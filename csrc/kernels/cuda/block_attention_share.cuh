@@ -40,16 +40,16 @@ struct AttentionArgs {
 template <int kHeadDim>
 constexpr int kTileBytes = kTileKeys * kHeadDim * 2;  // of K or of V
 
-// Whether a warp has a place for the next piece's Q beside that for its sums. Before sm_90 shared memory
-// is too small.
+// Whether a warp has a place for the next piece's Q beside that for its sums. Before sm_90 shared
+// memory is too small.
 #if defined(OPTIMUS_SM90)
 constexpr bool kQueriesApart = true;
 #else
 constexpr bool kQueriesApart = false;
 #endif
 
-// Shared memory: slots (K then V each), the copies' sums (or finished rows), Q of the next piece if apart,
-// (max, sum) of each copy's rows, barriers, the cut pieces.
+// Shared memory: slots (K then V each), the copies' sums (or finished rows), Q of the next piece if
+// apart, (max, sum) of each copy's rows, barriers, the cut pieces.
 template <int kHeadDim>
 struct SharedLayout {
   static constexpr int kSums = kConsumerWarps * 16 * kHeadDim * 4;

@@ -322,7 +322,7 @@ void build_rows(const BuildRowsParams& p, cudaStream_t stream) {
                 "[build_rows] pad_rows_to must be in 0..", p.max_rows, " (max_rows), got ",
                 p.pad_rows_to);
   LaunchShape shape{dim3(1), dim3(kThreads)};
-  if (device_properties().major >= 9) {
+  if (device_properties().code >= 90) {
     // A small step fits into one CTA; a large one has a warp for every few sequences.
     int work = std::max(p.num_seqs * kWarp, p.pad_rows_to);
     while (shape.cluster < kCluster && shape.cluster * kThreads < work) shape.cluster *= 2;

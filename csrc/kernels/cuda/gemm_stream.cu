@@ -183,9 +183,11 @@ bool stream_gemm_takes(const GemmParams& params) {
   const size_t out_row = params.n / (params.silu ? 2 : 1) * dtype_size(params.out_dtype);
   if (params.silu && params.n % (2 * kGatesInTurn) != 0) return false;
   if (params.silu && params.out_dtype != DType::bfloat16) return false;
-  return device_properties().major == 9 && params.rows >= 1 && params.rows <= kStreamGemmMaxRows &&
-         params.dtype == DType::bfloat16 && params.k % 8 == 0 && out_row % 16 == 0 &&
-         is_aligned(params.x) && is_aligned(params.packed_weight) && is_aligned(params.out);
+  const DeviceProperties& device = device_properties();
+  return device.major == 9 && device.code == 90 && params.rows >= 1 &&
+         params.rows <= kStreamGemmMaxRows && params.dtype == DType::bfloat16 &&
+         params.k % 8 == 0 && out_row % 16 == 0 && is_aligned(params.x) &&
+         is_aligned(params.packed_weight) && is_aligned(params.out);
 }
 
 std::vector<StreamGemm> stream_gemm_candidates(const GemmParams& params) {

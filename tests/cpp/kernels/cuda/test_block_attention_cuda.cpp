@@ -107,8 +107,8 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnPrefillBesideDecode) {
 TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnPrompts) {
   Rng rng(312);
   check_step(rng, {24, 8, 64, 64}, {staircase(1500, 32, 1500)}, pool);
-  check_step(rng, {6, 3, 128, 32}, {staircase(700, 16, 700), {}, staircase(1, 1, 1)}, pool);
-  check_step(rng, {5, 5, 64, 16},
+  check_step(rng, {6, 3, 128, 32}, {staircase(700, 16, 700), {}, staircase(40, 1, 40)}, pool);
+  check_step(rng, {15, 5, 64, 16},
              {staircase(129, 1, 400), staircase(900, 32, 900), {}, staircase(1300, 32, 1333)},
              pool);
   check_step(rng, {16, 1, 128, 64}, {staircase(1000, 32, 1000), staircase(999, 8, 1000)}, pool);

@@ -20,6 +20,7 @@ TEST_F(CudaBlockAttentionLaunch, AGraphServesOtherLengths) {
       {{100}, {200, 200}},
       {std::vector<int>(32, 4000), {}, {4400}, {1}, staircase(16, 8, 333)},
       {staircase(300, 32, 300), {1000}},
+      {staircase(300, 32, 300)},
       {},
       {{10}, {20}, {30}, {40}, {50}, {60}, {70}, {80}, {90}},
   };
