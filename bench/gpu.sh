@@ -38,7 +38,7 @@ if [[ " $parts " == *" tests "* ]]; then
   "$build/optimus_cuda_tests" --gtest_brief=1 2>&1 | tee "$folder/tests.log" || status=1
   # What GPUs later than Hopper run: our PTX for sm_80. The library brings no PTX.
   CUDA_FORCE_PTX_JIT=1 "$build/optimus_cuda_tests" --gtest_brief=1 \
-    --gtest_filter=-CudaGemm.*:CudaEngine.* 2>&1 | tee "$folder/tests_ptx.log" || status=1
+    --gtest_filter="-CudaGemm.*:CudaEngine.*" 2>&1 | tee "$folder/tests_ptx.log" || status=1
 fi
 
 if [[ " $parts " == *" sanitize "* ]]; then

@@ -36,9 +36,9 @@ struct Scratch {
   int least_cost, largest_cost;  // of a pair
   int largest_dealt;             // cost of a share
   int unique_tiles;              // of a KV head: what all items of a sequence share, once
-  int arithmetic;     // of a KV head: the cost of all items where memory is not the limit
-  PairCost costs[4];  // by kind
-  uint32_t kinds;     // of all sequences, a bit each
+  int arithmetic;                // of a KV head: the cost of all items, memory aside
+  PairCost costs[4];             // by kind
+  uint32_t kinds;                // of all sequences, a bit each
 };
 
 // Exclusive prefix sum over the CTA; `total` gets the sum. Two barriers.
@@ -246,10 +246,10 @@ __device__ Position locate(const Scratch& scratch, const Line& line, int num_kv_
 // The shares that have a part of the pair at `at`.
 __device__ Merge merge_of(const Scratch& scratch, const Line& line, int num_kv_heads, Cut cut,
                           const Item& item, Position at) {
-  int head_begin =
+  int pair_begin =
       line.offsets[at.pair / num_kv_heads] + at.pair % num_kv_heads * pair_cost(scratch, item);
-  int first = cut.owner(head_begin);
-  int last = cut.owner(head_begin + tile_cost(scratch, item) * (item.num_tiles - 1));
+  int first = cut.owner(pair_begin);
+  int last = cut.owner(pair_begin + tile_cost(scratch, item) * (item.num_tiles - 1));
   return {first, last - first + 1};
 }
 
@@ -273,29 +273,29 @@ __device__ void write_share(const ScheduleArgs& args, const Scratch& scratch, co
   args.ws.shares[c] = share;
 }
 
-// When all heads cost the same (one request, or requests of the same length), shares of whole heads,
-// or heads in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
+// When all pairs cost the same (one request, or requests of the same length), shares of whole pairs,
+// or pairs in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
 struct Even {
-  int heads = 0;  // per share; or
-  int parts = 0;  // per head
-  __device__ bool used() const { return heads > 0 || parts > 0; }
+  int pairs = 0;  // per share; or
+  int parts = 0;  // per pair
+  __device__ bool used() const { return pairs > 0 || parts > 0; }
 };
 
 __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
   Even even;
-  int num_heads = line.num_items * num_kv_heads;
-  if (num_heads == 0) return even;
-  if (num_heads > num_shares) {
-    int heads = (num_heads + num_shares - 1) / num_shares;
-    if (num_heads * 10 >= heads * num_shares * 9) even.heads = heads;
-  } else if (num_shares / num_heads * num_heads * 10 >= num_shares * 9) {
+  int num_pairs = line.num_items * num_kv_heads;
+  if (num_pairs == 0) return even;
+  if (num_pairs > num_shares) {
+    int pairs = (num_pairs + num_shares - 1) / num_shares;
+    if (num_pairs * 10 >= pairs * num_shares * 9) even.pairs = pairs;
+  } else if (num_shares / num_pairs * num_pairs * 10 >= num_shares * 9) {
     const Item& item = line.items[0];
     // A part of one tile costs more to merge than it saves, and an SM that the next kernel could use.
-    // Few tiles: whole heads on half of the SMs are read nearly as fast, with nothing to merge; else
+    // Few tiles: whole pairs on half of the SMs are read nearly as fast, with nothing to merge; else
     // parts of some tiles each.
     const bool is_short =
-        kind_of(item.packed_count) < 3 && num_heads * item.num_tiles <= 8 * num_shares;
-    const int most = num_shares / num_heads;
+        kind_of(item.packed_count) < 3 && num_pairs * item.num_tiles <= 8 * num_shares;
+    const int most = num_shares / num_pairs;
     const int parts = !is_short ? most : most <= 3 ? 1 : min(most, item.num_tiles / 4);
     even.parts = max(1, min(parts, item.num_tiles / 2));
   }
@@ -303,16 +303,16 @@ __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
 }
 
 __device__ void write_even_share(const ScheduleArgs& args, const Line& line, Even even, int c) {
-  int num_heads = line.num_items * args.num_kv_heads;
-  int parts = max(even.parts, 1), heads = max(even.heads, 1);
-  int head = c / parts * heads, part = c % parts;
+  int num_pairs = line.num_items * args.num_kv_heads;
+  int parts = max(even.parts, 1), pairs = max(even.pairs, 1);
+  int pair = c / parts * pairs, part = c % parts;
   Share share = {};
-  if (head < num_heads) {
-    share.item = line.items[head / args.num_kv_heads];
+  if (pair < num_pairs) {
+    share.item = line.items[pair / args.num_kv_heads];
     int tiles = share.item.num_tiles;
-    share.begin = {head, part * tiles / parts};
-    share.end = {min(head + heads, num_heads), 0};
-    if (part + 1 < parts) share.end = {head, (part + 1) * tiles / parts};
+    share.begin = {pair, part * tiles / parts};
+    share.end = {min(pair + pairs, num_pairs), 0};
+    if (part + 1 < parts) share.end = {pair, (part + 1) * tiles / parts};
     share.steps[0] = share.steps[1] = 1;
     share.earlier = share.later = {c - part, parts};
   }
