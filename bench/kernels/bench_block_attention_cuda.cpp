@@ -16,13 +16,13 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
-#include <functional>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "core/device_buffer.h"
+#include "cuda_replay.h"
 #include "kernels/cuda/kernels.h"
 #include "memory_floor.h"
 
@@ -51,40 +51,6 @@ DeviceBuffer<T> upload(const std::vector<T>& host) {
   return device;
 }
 
-// Captures `body`, replays it for at least `seconds`, returns the median microseconds of the last
-// `replays`.
-float replay_us(cudaStream_t stream, const std::function<void()>& body, int replays,
-                double seconds = 0) {
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  cudaEvent_t begin, end;
-  OPTIMUS_CUDA_CHECK(cudaEventCreate(&begin));
-  OPTIMUS_CUDA_CHECK(cudaEventCreate(&end));
-  OPTIMUS_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  body();
-  OPTIMUS_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  OPTIMUS_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  std::vector<float> times;
-  double total_us = 0;
-  for (int i = 0; i < replays + 2 || total_us < seconds * 1e6; ++i) {
-    OPTIMUS_CUDA_CHECK(cudaEventRecord(begin, stream));
-    OPTIMUS_CUDA_CHECK(cudaGraphLaunch(executable, stream));
-    OPTIMUS_CUDA_CHECK(cudaEventRecord(end, stream));
-    OPTIMUS_CUDA_CHECK(cudaEventSynchronize(end));
-    float ms;
-    OPTIMUS_CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    times.push_back(ms * 1000);
-    total_us += ms * 1000;
-  }
-  times.erase(times.begin(), times.end() - replays);
-  OPTIMUS_CUDA_CHECK(cudaGraphExecDestroy(executable));
-  OPTIMUS_CUDA_CHECK(cudaGraphDestroy(graph));
-  OPTIMUS_CUDA_CHECK(cudaEventDestroy(begin));
-  OPTIMUS_CUDA_CHECK(cudaEventDestroy(end));
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
-}
-
 struct Result {
   std::string name;
   int rows = 0, seqs = 0;
@@ -97,7 +63,6 @@ class Bench {
  public:
   explicit Bench(int replays)
       : replays_(replays), k_(kPoolBytes / 4), v_(kPoolBytes / 4), sink_(1) {
-    OPTIMUS_CUDA_CHECK(cudaStreamCreate(&stream_));
     fill_random_bf16(k_.data(), k_.size(), 1, stream_);
     fill_random_bf16(v_.data(), v_.size(), 2, stream_);
     OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream_));
@@ -105,7 +70,7 @@ class Bench {
 
   void print_peaks() {
     size_t bytes = k_.bytes();
-    float copy = replay_us(
+    double copy = replay_us(
         stream_,
         [&] {
           OPTIMUS_CUDA_CHECK(
@@ -119,7 +84,7 @@ class Bench {
                 read_gbps);
     for (size_t mib : {4, 16, 64, 256, 1024}) {
       size_t size = mib << 20;
-      float us = floor_us(size / 2, calls_for(size));
+      double us = floor_us(size / 2, calls_for(size));
       std::printf("  read of %4zu MiB: %7.1f us, %5.0f GB/s\n", mib, us, 1e-3 * size / us);
     }
   }
@@ -142,7 +107,7 @@ class Bench {
                                gemm_workspace_.size()};
     const auto product = [&] { cuda::gemm(params, stream_); };
     cuda::plan_gemms({params}, product, stream_);
-    const float us = replay_us(stream_, product, replays_, kSteadySeconds);
+    const double us = replay_us(stream_, product, replays_, kSteadySeconds);
     return 2.0 * kSize * kElements / us * 1e-6;
   }
 
@@ -248,11 +213,11 @@ class Bench {
   }
 
   // A read of `half` bytes of K and as many of V: the better of one, two and four CTAs per SM.
-  float floor_us(size_t half, int calls) {
+  double floor_us(size_t half, int calls) {
     half = half / 16 * 16;
-    float best = 1e30f;
+    double best = 1e30;
     for (int ctas : {1, 2, 4}) {
-      float us = replay_us(
+      double us = replay_us(
           stream_,
           [&] {
             for (int call = 0; call < calls; ++call) {
@@ -273,7 +238,7 @@ class Bench {
   }
 
   int replays_;
-  cudaStream_t stream_ = nullptr;
+  Stream stream_;
   DeviceBuffer<uint16_t> k_, v_;
   DeviceBuffer<uint32_t> sink_;
   DeviceBuffer<uint16_t> product_;

@@ -11,52 +11,20 @@
 
 #include "core/device_buffer.h"
 #include "core/dtype.h"
+#include "cuda_replay.h"
 
 namespace optimus::bench {
-
-class Stream {
- public:
-  Stream() { OPTIMUS_CUDA_CHECK(cudaStreamCreate(&stream_)); }
-  ~Stream() { static_cast<void>(cudaStreamDestroy(stream_)); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  operator cudaStream_t() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
 
 // Median microseconds of one launch(i, stream): `launches` of them are captured in one graph, which
 // is replayed a few times.
 inline double time_us(cudaStream_t stream, int launches,
                       const std::function<void(int, cudaStream_t)>& launch) {
-  constexpr int kReplays = 7;
   launch(0, stream);  // outside of the graph: first-use set-up
   OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(stream));
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t replay = nullptr;
-  OPTIMUS_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < launches; ++i) launch(i, stream);
-  OPTIMUS_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  OPTIMUS_CUDA_CHECK(cudaGraphInstantiate(&replay, graph, 0));
-  cudaEvent_t begin = nullptr, end = nullptr;
-  OPTIMUS_CUDA_CHECK(cudaEventCreate(&begin));
-  OPTIMUS_CUDA_CHECK(cudaEventCreate(&end));
-  std::vector<float> ms(kReplays);
-  OPTIMUS_CUDA_CHECK(cudaGraphLaunch(replay, stream));  // warm-up
-  for (float& time : ms) {
-    OPTIMUS_CUDA_CHECK(cudaEventRecord(begin, stream));
-    OPTIMUS_CUDA_CHECK(cudaGraphLaunch(replay, stream));
-    OPTIMUS_CUDA_CHECK(cudaEventRecord(end, stream));
-    OPTIMUS_CUDA_CHECK(cudaEventSynchronize(end));
-    OPTIMUS_CUDA_CHECK(cudaEventElapsedTime(&time, begin, end));
-  }
-  OPTIMUS_CUDA_CHECK(cudaEventDestroy(begin));
-  OPTIMUS_CUDA_CHECK(cudaEventDestroy(end));
-  OPTIMUS_CUDA_CHECK(cudaGraphExecDestroy(replay));
-  OPTIMUS_CUDA_CHECK(cudaGraphDestroy(graph));
-  std::nth_element(ms.begin(), ms.begin() + kReplays / 2, ms.end());
-  return ms[kReplays / 2] * 1e3 / launches;
+  const auto body = [&] {
+    for (int i = 0; i < launches; ++i) launch(i, stream);
+  };
+  return replay_us(stream, body, 7) / launches;
 }
 
 // `count` times `value`, on the device.

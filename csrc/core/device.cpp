@@ -62,13 +62,19 @@ cudaEvent_t event_of(void* handle) { return static_cast<cudaEvent_t>(handle); }
 }  // namespace
 
 std::string cuda_problem() {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
+  int count = 0, device = 0, major = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count == 0) return "no CUDA device was found";
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
   if (error != cudaSuccess) {
     static_cast<void>(cudaGetLastError());
     return concat("no CUDA device answers: ", cudaGetErrorString(error));
   }
-  return count > 0 ? "" : "no CUDA device was found";
+  if (major >= 8) return "";
+  return concat("the kernels need compute capability 8.0 or later, the GPU has ", major, ".x");
 }
 
 std::string cuda_device_name() {

@@ -18,7 +18,6 @@
 
 #include <utility>
 
-#include "core/check.h"
 #include "core/cuda_check.h"
 
 namespace optimus::cuda {
@@ -57,9 +56,6 @@ inline const DeviceProperties& device_properties() {
   if (properties.num_sms == 0) {
     OPTIMUS_CUDA_CHECK(
         cudaDeviceGetAttribute(&properties.major, cudaDevAttrComputeCapabilityMajor, device));
-    OPTIMUS_CHECK(properties.major >= 8,
-                  "[cuda] needs a GPU of compute capability 8.0 or later, got ", properties.major,
-                  ".x");
     cudaFuncAttributes attributes;
     OPTIMUS_CUDA_CHECK(cudaFuncGetAttributes(&attributes, code_probe<>));
     properties.code = attributes.ptxVersion;

@@ -25,6 +25,11 @@ namespace optimus::cuda::attention {
 constexpr int kTileKeys = 64;
 constexpr int kMaxPackedRows = 128;
 
+// What code runs an item: 0 to 3, for one, two, four and eight warps side by side to hold its rows.
+inline __device__ int kind_of(int packed) {
+  return packed <= 16 ? 0 : packed <= 32 ? 1 : packed <= 64 ? 2 : 3;
+}
+
 // A sequence's packed rows [packed_begin, packed_begin + packed_count).
 struct Item {
   int seq, row_begin;  // row_begin: the sequence's first row in q

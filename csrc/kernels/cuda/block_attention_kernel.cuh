@@ -56,8 +56,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ Queries find(const Piece& piece) {
-    int packed = piece.item.packed_count;
-    int row_warps = packed <= 16 ? 1 : packed <= 32 ? 2 : packed <= 64 ? 4 : 8;
+    const int row_warps = 1 << kind_of(piece.item.packed_count);
     return find_queries(args, piece, (warp & (row_warps - 1)) * 16, lane);
   }
 

@@ -87,11 +87,6 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
   return item;
 }
 
-// What code runs an item: by the warps that its packed rows fill.
-__device__ int kind_of(int packed) {
-  return packed <= 16 ? 0 : packed <= 32 ? 1 : packed <= 64 ? 2 : 3;
-}
-
 // What items cost, by kind_of(): a tile, a piece beside its tiles (loading Q, merging and writing
 // its rows), and the ends of a share, where pairs are cut (writing sums, waiting, merging). In
 // units of about 60 cycles, fitted to the times of CTAs in steps of many kinds. An int holds the
