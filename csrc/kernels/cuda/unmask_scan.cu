@@ -87,7 +87,7 @@ struct Feed {
   static constexpr int kVectors = sizeof(RawChunk<T>) / sizeof(uint4);  // per chunk
   static constexpr int kTileVectors = kVectors * kTileChunks;
   static constexpr int kStageBytes = kTileVectors * sizeof(uint4);
-  static constexpr int kBytes = 8192;  // of a warp: at 64 rows all of its share
+  static constexpr int kBytes = 4096;  // of a warp: more would come later, and no faster
   static constexpr int kStages = kBytes / kStageBytes;
 
   const uint4* from;  // the lane's first chunk of the next tile to come
