@@ -179,6 +179,31 @@ bool Stream::is_done() {
   return true;
 }
 
+void Stream::wait(const StreamEvent& event) {
+  if (device_ == Device::cpu) return;
+  OPTIMUS_CUDA_CHECK(cudaStreamWaitEvent(stream_of(handle_), event_of(event.handle()), 0));
+}
+
+StreamEvent::StreamEvent(Device device) {
+  if (device == Device::cpu) return;
+  cudaEvent_t event = nullptr;
+  OPTIMUS_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  handle_ = event;
+}
+
+StreamEvent::~StreamEvent() {
+  if (handle_ != nullptr) static_cast<void>(cudaEventDestroy(event_of(handle_)));
+}
+
+void StreamEvent::record(Stream& stream) {
+  if (handle_ == nullptr) return;
+  OPTIMUS_CUDA_CHECK(cudaEventRecord(event_of(handle_), stream_of(stream.handle())));
+}
+
+void StreamEvent::synchronize() const {
+  if (handle_ != nullptr) OPTIMUS_CUDA_CHECK(cudaEventSynchronize(event_of(handle_)));
+}
+
 StreamTimer::StreamTimer(Device device) {
   if (device == Device::cpu) return;
   cudaEvent_t started = nullptr, stopped = nullptr;
@@ -280,7 +305,15 @@ Stream::Stream(Device device) : device_(device) {
 Stream::~Stream() = default;
 void Stream::copy(std::initializer_list<StreamCopy> copies) { copy_at_once(copies); }
 void Stream::synchronize() {}
+void Stream::wait(const StreamEvent&) {}
 bool Stream::is_done() { return true; }
+
+StreamEvent::StreamEvent(Device device) {
+  if (device != Device::cpu) throw_no_cuda();
+}
+StreamEvent::~StreamEvent() = default;
+void StreamEvent::record(Stream&) {}
+void StreamEvent::synchronize() const {}
 
 StreamTimer::StreamTimer(Device device) {
   if (device != Device::cpu) throw_no_cuda();

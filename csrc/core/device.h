@@ -43,6 +43,25 @@ struct StreamCopy {
   size_t bytes, stride = 0, count = 1;
 };
 
+class Stream;
+
+// A point of a stream: it happens when all of the stream's work before it is done, or at once if it was
+// never recorded. On the CPU nothing is ever to be waited for.
+class StreamEvent {
+ public:
+  explicit StreamEvent(Device device);
+  ~StreamEvent();
+  StreamEvent(const StreamEvent&) = delete;
+  StreamEvent& operator=(const StreamEvent&) = delete;
+
+  void record(Stream& stream);
+  void synchronize() const;
+  void* handle() const { return handle_; }  // a cudaEvent_t
+
+ private:
+  void* handle_ = nullptr;
+};
+
 // An ordered queue of work. On the CPU work is done at once, and handle() is null.
 class Stream {
  public:
@@ -57,6 +76,8 @@ class Stream {
   // there; all aligned to 16 bytes. Nothing is done where source and destination are the same.
   void copy(std::initializer_list<StreamCopy> copies);
   void synchronize();
+  // What follows waits until `event` has happened.
+  void wait(const StreamEvent& event);
   // Whether all of it is done. Throws what went wrong.
   bool is_done();
 

@@ -58,7 +58,7 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
   mirror(results_, slots, block_start_, num_fresh_, num_masked_);
   results_.allocate();
   const auto mirror_rows = [this](auto&... mirrored) { (row_results_.add(mirrored), ...); };
-  mirror_rows(logit_slots_, logit_offsets_, candidate_ids_, candidate_confidence_,
+  mirror_rows(candidate_slots_, candidate_offsets_, candidate_ids_, candidate_confidence_,
               candidate_logprob_, candidate_committed_);
   row_results_.allocate();
 
@@ -70,6 +70,7 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
   allocate(slots * stride, seq_page_table_);
   allocate(rows, token_ids_, positions_, kv_limits_, kv_slots_, logit_rows_, candidate_entropy_);
   allocate(slots + 1, cu_seqlens_q_);
+  if (device == Device::cuda) allocate(rows, logit_slots_, logit_offsets_);
 
   state_ = {block_start_.device,    window_tokens_.data(),   window_status_.data(),
             denoise_step_.data(),   page_table_.device,      temperature_.device,
@@ -78,11 +79,24 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
             seed_.device,           first_output_.device,    end_position_.device,
             stop_token_ids_.device, ended_.data(),           config.max_num_seqs,
             config.grid(),          max_pages_per_seq};
-  rows_ = {token_ids_.data(),     positions_.data(),      kv_limits_.data(),  kv_slots_.data(),
-           cu_seqlens_q_.data(),  seq_page_table_.data(), logit_rows_.data(), logit_slots_.device,
-           logit_offsets_.device, counts_.device};
-  candidates_ = {candidate_ids_.device, candidate_confidence_.device, candidate_logprob_.device,
-                 candidate_entropy_.data(), candidate_committed_.device};
+  const bool is_cpu = device == Device::cpu;
+  rows_ = {token_ids_.data(),
+           positions_.data(),
+           kv_limits_.data(),
+           kv_slots_.data(),
+           cu_seqlens_q_.data(),
+           seq_page_table_.data(),
+           logit_rows_.data(),
+           is_cpu ? candidate_slots_.device : logit_slots_.data(),
+           is_cpu ? candidate_offsets_.device : logit_offsets_.data(),
+           counts_.device};
+  candidates_ = {candidate_ids_.device,
+                 candidate_confidence_.device,
+                 candidate_logprob_.device,
+                 candidate_entropy_.data(),
+                 candidate_committed_.device,
+                 is_cpu ? nullptr : candidate_slots_.device,
+                 is_cpu ? nullptr : candidate_offsets_.device};
 }
 
 // A request's sampling parameters and where it ends, into its slot.
@@ -226,8 +240,8 @@ std::pair<int, int> DecodeBuffers::wait_for_counts(Stream& stream) const {
 StepResult DecodeBuffers::result(int num_rows, int num_logit_rows) const {
   const Candidates candidates = {candidate_ids_.host, candidate_confidence_.host,
                                  candidate_logprob_.host, nullptr, candidate_committed_.host};
-  return {logit_slots_.host, logit_offsets_.host, candidates, block_start_.host,
-          num_fresh_.host,   num_masked_.host,    num_rows,   num_logit_rows};
+  return {candidate_slots_.host, candidate_offsets_.host, candidates, block_start_.host,
+          num_fresh_.host,       num_masked_.host,        num_rows,   num_logit_rows};
 }
 
 void DecodeBuffers::write_rows(const HostRows& rows) {
@@ -245,8 +259,11 @@ void DecodeBuffers::write_rows(const HostRows& rows) {
                                      const std::vector<int32_t>& from) {
     copy_memory(to.device, from.data(), from.size() * sizeof(int32_t), results_.device());
   };
-  write_mirrored(logit_slots_, rows.logit_slots);
-  write_mirrored(logit_offsets_, rows.logit_offsets);
+  const auto write_row = [this](int32_t* to, const std::vector<int32_t>& from) {
+    copy_memory(to, from.data(), from.size() * sizeof(int32_t), results_.device());
+  };
+  write_row(rows_.logit_slots, rows.logit_slots);
+  write_row(rows_.logit_offsets, rows.logit_offsets);
   write_mirrored(counts_, {static_cast<int32_t>(rows.token_ids.size()),
                            static_cast<int32_t>(rows.logit_slots.size())});
 }
@@ -256,7 +273,7 @@ size_t DecodeBuffers::bytes() const {
                  window_status_.bytes() + ended_.bytes() + candidate_entropy_.bytes();
   for (const Buffer<int32_t>* buffer :
        {&window_tokens_, &denoise_step_, &token_ids_, &positions_, &kv_limits_, &kv_slots_,
-        &cu_seqlens_q_, &seq_page_table_, &logit_rows_}) {
+        &cu_seqlens_q_, &seq_page_table_, &logit_rows_, &logit_slots_, &logit_offsets_}) {
     total += buffer->bytes();
   }
   return total;

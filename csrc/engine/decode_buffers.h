@@ -61,7 +61,7 @@ class DecodeBuffers {
   // unmask of the rows that build_rows made, without a workspace; `num_logit_rows` with padding.
   UnmaskParams unmask_params(const void* logits, const ModelConfig& model, int num_logit_rows);
   // How many rows, and logits rows, build_rows has made of the last plan, while it may still be at it.
-  // All that came before in the stream is there then, and the plan may be written anew.
+  // The plan is on the device then and may be written anew.
   std::pair<int, int> wait_for_counts(Stream& stream) const;
   void download(Stream& stream, int num_logit_rows) {
     stream.copy({results_.downloaded(), row_results_.downloaded(num_logit_rows)});
@@ -111,8 +111,8 @@ class DecodeBuffers {
   MirroredRows row_results_;
   MirroredArrays early_;
   Mirrored<int32_t> early_counts_;  // host memory that build_rows writes; negative before
-  Mirrored<int32_t> counts_, block_start_, num_fresh_, num_masked_, logit_slots_, logit_offsets_,
-      candidate_ids_;
+  Mirrored<int32_t> counts_, block_start_, num_fresh_, num_masked_, candidate_slots_,
+      candidate_offsets_, candidate_ids_;
   Mirrored<float> candidate_confidence_, candidate_logprob_;
   Mirrored<uint8_t> candidate_committed_;
 
@@ -121,6 +121,9 @@ class DecodeBuffers {
   Buffer<uint8_t> window_status_, ended_;
   Buffer<int32_t> token_ids_, positions_, kv_limits_, kv_slots_, cu_seqlens_q_, seq_page_table_,
       logit_rows_;
+  // CUDA only; on the CPU these are the candidates' own, since the host has looked at them before the
+  // next step's rows are made.
+  Buffer<int32_t> logit_slots_, logit_offsets_;
   Buffer<float> candidate_entropy_;
 
   DecodeState state_{};

@@ -81,6 +81,11 @@ Runner::Runner(const Model& model, const EngineConfig& config)
       config_(config),
       threads_(model.device() == Device::cpu ? config.num_threads : 1),
       stream_(model.device()),
+      copies_(model.device()),
+      plan_used_(model.device()),
+      plan_copied_(model.device()),
+      step_done_(model.device()),
+      results_copied_(model.device()),
       timers_{StreamTimer(model.device()), StreamTimer(model.device()),
               StreamTimer(model.device())},
       execution_{model.device(), &threads_, stream_.handle()},
@@ -103,6 +108,7 @@ Runner::Runner(const Model& model, const EngineConfig& config)
 
 Runner::~Runner() {
   try {
+    copies_.synchronize();
     stream_.synchronize();
   } catch (const std::exception&) {  // whoever waited for the step has had the error
   }
@@ -173,12 +179,22 @@ void Runner::launch(const Shape& shape) {
   }
 }
 
+// Ahead of the end of a step, which reads the same memory: the host's part of the decode state. Only
+// windows that open change it; without them the same values are written again.
+void Runner::upload(const StepPlan& plan) {
+  if (!plan.is_ahead || buffers_.num_openings() > 0) return buffers_.upload(stream_);
+  copies_.wait(plan_used_);
+  buffers_.upload(copies_);
+  plan_copied_.record(copies_);
+  stream_.wait(plan_copied_);
+}
+
 void Runner::start(const StepPlan& plan) {
   OPTIMUS_INVARIANT(plan.is_ahead ? step_ && !ahead_ : !step_, "a step started out of turn");
   if (step_) buffers_.wait_for_counts(stream_);  // its plan is on the device
   buffers_.write_plan(plan);
   const Step step{static_cast<int>(plan.seqs.size()), plan.most_rows, buffers_.most_logit_rows()};
-  buffers_.upload(stream_);
+  upload(plan);
   if (buffers_.num_openings() > 0) open_windows(buffers_.open_windows_params(), execution_);
   // As many as any graph of this many rows or fewer reads.
   const int most_padded = padded_rows_.empty() || step.logit_rows == 0 ? 0 : padded_rows_.back();
@@ -187,27 +203,31 @@ void Runner::start(const StepPlan& plan) {
   build_rows(buffers_.build_rows_params(model_.config().mask_token_id, padded ? shape.rows : 0,
                                         padded ? shape.seqs : 0),
              execution_);
+  plan_used_.record(stream_);
   if (plan.is_ahead) {
     ahead_ = step;
+    fetch(*step_);
+    stream_.wait(results_copied_);  // the step ahead writes its own there
   } else {
     step_ = step;
     run(step);
-    fetch(step);
   }
 }
 
-// The step whose turn it is.
+// The step whose turn it is. On the CPU it is done then, and the next one's rows would overwrite it.
 void Runner::run(const Step& step) {
   StreamTimer& timer = timers_[turn_ % timers_.size()];
   timer.start(stream_);
   if (step.rows > 0) launch(shape_of(step.rows, step.seqs, step.logit_rows));
   timer.stop(stream_);
+  step_done_.record(stream_);
+  if (device() == Device::cpu) keep(step, results_[turn_ % 2]);
 }
 
-// On the CPU the result is there.
 void Runner::fetch(const Step& step) {
-  buffers_.download(stream_, step.logit_rows);
-  if (device() == Device::cpu) keep(step, results_[turn_ % 2]);
+  copies_.wait(step_done_);
+  buffers_.download(copies_, step.logit_rows);
+  results_copied_.record(copies_);
 }
 
 void Runner::keep(const Step& step, KeptResult& result) {
@@ -221,7 +241,8 @@ StepResult Runner::finish() {
   if (ahead_) {
     std::tie(ahead_->rows, ahead_->logit_rows) = buffers_.wait_for_counts(stream_);
   } else {
-    stream_.synchronize();
+    fetch(done);
+    results_copied_.synchronize();
     OPTIMUS_INVARIANT(
         buffers_.num_rows() == done.rows && buffers_.num_logit_rows() == done.logit_rows,
         "a step of ", buffers_.num_rows(), " rows, ", buffers_.num_logit_rows(),
@@ -230,13 +251,16 @@ StepResult Runner::finish() {
   step_ = std::exchange(ahead_, std::nullopt);
   ++turn_;
   if (step_) run(*step_);
-  if (device() == Device::cuda) keep(done, result);  // the next one's is not on its way yet
-  if (step_) fetch(*step_);
+  if (device() == Device::cuda) {
+    results_copied_.synchronize();
+    keep(done, result);  // the next one's are not on their way yet
+  }
   return result.view();
 }
 
 void Runner::forget_steps() noexcept {
   try {
+    copies_.synchronize();
     stream_.synchronize();
   } catch (const std::exception&) {  // what is thrown already says it
   }

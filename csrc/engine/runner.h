@@ -2,11 +2,12 @@
 // part of the engine that calls kernels.
 //
 // On CUDA a step is: one copy of the plan to the device, build_rows, one graph (forward and unmask),
-// the results back (two copies). A step that is planned ahead has its rows made right behind the step
-// in progress; the host reads how many there are, launches the graph, and only then looks at what the
-// step before has committed. A graph is captured at start-up for each of a few numbers of rows; a
-// step takes the next larger one, with padding behind its rows. Steps without logits rows (prompts
-// alone) or with more rows than any graph are launched kernel by kernel, without padding.
+// one copy of the results back. A step that is planned ahead gets its plan while the step in progress
+// still runs, and its rows are made right behind that one; the host reads how many there are and
+// launches the graph. Beside that the results of the step before are copied; the host looks at them
+// last. A graph is captured at start-up for each of a few numbers of rows; a step takes the next
+// larger one, with padding behind its rows. Steps without logits rows (prompts alone) or with more
+// rows than any graph are launched kernel by kernel, without padding.
 #pragma once
 
 #include <array>
@@ -86,6 +87,7 @@ class Runner {
     int rows = 0, logit_rows = 0;
   };
   const StreamTimer& timer_of(uint64_t turn) const { return timers_[turn % timers_.size()]; }
+  void upload(const StepPlan& plan);
   void run(const Step& step);
   void fetch(const Step& step);
   void keep(const Step& step, KeptResult& result);
@@ -100,6 +102,8 @@ class Runner {
   EngineConfig config_;
   ThreadPool threads_;
   Stream stream_;
+  Stream copies_;  // beside it: the next plan while a step runs, its results while rows are made
+  StreamEvent plan_used_, plan_copied_, step_done_, results_copied_;
   std::array<StreamTimer, 3> timers_;  // of the steps in turn
   Execution execution_;
   Activations activations_;

@@ -285,9 +285,9 @@ struct BuildRowsParams {
   // sequences of page 0 up to `pad_seqs_to` (which StepRows has room for); 0 = none. Where there are
   // more rows than that, none of these are padded.
   int pad_rows_to = 0, pad_seqs_to = 0;
-  // CUDA only: page-locked memory that gets the counts while the kernel still runs, or null. The
-  // first is written last: who has set it to a negative number can wait for it.
-  int32_t* host_counts = nullptr;  // [2]
+  // CUDA only: page-locked memory that gets the counts, both at once, while the kernel still runs; or
+  // null. Who has set them to negative numbers can wait for them.
+  int32_t* host_counts = nullptr;  // [2], 8-byte aligned
 };
 void build_rows(const BuildRowsParams&, const Execution&);
 
@@ -298,6 +298,10 @@ struct Candidates {
   float* logprob;      // [max_rows] log probability under softmax(logits), temperature 1
   float* entropy;      // [max_rows] of softmax(logits / temperature), nats
   uint8_t* committed;  // [max_rows]
+  // The row's slot and offset once more, for whoever reads results when the rows are already those of
+  // the next step; or null.
+  int32_t* slots = nullptr;    // [max_rows]
+  int32_t* offsets = nullptr;  // [max_rows]
 };
 
 // Reads the logits once, picks a token per row (argmax, or Gumbel-max over the top-k/top-p set with

@@ -87,6 +87,8 @@ void find_candidate(const UnmaskParams& p, int i, std::vector<float>& scratch) {
                          noise_key(state.seed[slot], position, state.denoise_step[slot]));
   }
   float logit = to_float(logits[token]);
+  if (p.out.slots != nullptr) p.out.slots[i] = slot;
+  if (p.out.offsets != nullptr) p.out.offsets[i] = p.logit_offsets[i];
   p.out.token_ids[i] = token;
   p.out.logprob[i] = static_cast<float>(logit - plain.max - std::log(plain.sum));
   // The fp32 product, as softmax_sums saw it: a confidence never exceeds 1.

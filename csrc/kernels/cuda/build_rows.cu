@@ -86,9 +86,9 @@ __device__ int2 count_rows(const BuildRowsParams& p, int index, Seq& seq) {
   seq.block_start = p.state.block_start[seq.slot];
   seq.decodes = false;
   if (seq.prefill_len > 0) return make_int2(seq.prefill_len, 0);
-  if (p.state.ended[seq.slot]) return make_int2(0, 0);
-  seq.decodes = true;
-  if (p.mode == RowMode::ar) return make_int2(1, 1);
+  const bool ended = p.state.ended[seq.slot];  // looked at last: the statuses come meanwhile
+  seq.decodes = !ended;
+  if (p.mode == RowMode::ar) return ended ? make_int2(0, 0) : make_int2(1, 1);
   const int length = p.state.block_length;
   const uint8_t* status = window_status(p.state, seq.slot);
   const int chunk_length = seq.chunk_length;
@@ -118,6 +118,7 @@ __device__ int2 count_rows(const BuildRowsParams& p, int index, Seq& seq) {
   } else {
     for (int i = 0; i < 2 * length; ++i) visit(i, status[i]);
   }
+  if (ended) return make_int2(0, 0);
   seq.num_present = num_present;
   seq.feeds_previous = num_fresh_before > 0;
   int before = num_fresh_before > 0 && seq.refresh ? length : num_fresh_before;
@@ -275,11 +276,12 @@ __device__ void write_padding(const BuildRowsParams& p, const Share& share, int 
   }
 }
 
-// Whatever came before is visible to whoever sees the first count.
-__device__ void tell_host(volatile int32_t* counts, int num_rows, int num_logit_rows) {
-  counts[1] = num_logit_rows;
-  __threadfence_system();
-  counts[0] = num_rows;
+// Both in one write: a fence between two would cost a way to the host and back.
+__device__ void tell_host(int32_t* counts, int num_rows, int num_logit_rows) {
+  const int2 both = make_int2(num_rows, num_logit_rows);
+  asm volatile("st.relaxed.sys.global.v2.s32 [%0], {%1, %2};" ::"l"(counts), "r"(both.x),
+               "r"(both.y)
+               : "memory");
 }
 
 __global__ void __launch_bounds__(kThreads, 1) build_rows_kernel(BuildRowsParams p) {

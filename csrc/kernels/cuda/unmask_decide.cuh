@@ -92,6 +92,8 @@ __device__ void load_window(const UnmaskParams& p, const Segment& rows, DecideSh
   for (int i = threadIdx.x; i < rows.count; i += kThreads) {
     shared.offsets[i] = __ldcg(p.logit_offsets + rows.begin + i);
     shared.ordered[i] = INFINITY;
+    if (p.out.slots != nullptr) p.out.slots[rows.begin + i] = rows.slot;
+    if (p.out.offsets != nullptr) p.out.offsets[rows.begin + i] = shared.offsets[i];
   }
   if (threadIdx.x == 0) shared.num_known = length;
   if (threadIdx.x < kMaxStopTokens) {

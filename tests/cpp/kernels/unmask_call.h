@@ -44,6 +44,8 @@ struct UnmaskCall {
     logprob.assign(rows, kPoison);
     entropy.assign(rows, kPoison);
     committed.assign(rows, kPoisonByte);
+    slots.assign(rows, kPoison);
+    offsets.assign(rows, kPoison);
   }
   UnmaskParams params() {
     return {logits.data(),
@@ -51,7 +53,7 @@ struct UnmaskCall {
             logit_offsets.data(),
             state.view(),
             Candidates{token_ids.data(), confidence.data(), logprob.data(), entropy.data(),
-                       committed.data()},
+                       committed.data(), slots.data(), offsets.data()},
             num_fresh.data(),
             num_masked.data(),
             num_rows(),
@@ -70,6 +72,12 @@ struct UnmaskCall {
     EXPECT_EQ(logprob.back(), kPoison);
     EXPECT_EQ(entropy.back(), kPoison);
     EXPECT_EQ(committed.back(), kPoisonByte);
+    const int real_rows = num_rows_on_device != nullptr ? *num_rows_on_device : num_rows();
+    for (int i = 0; i <= num_rows(); ++i) {
+      const bool is_real = i < real_rows && logit_slots[i] >= 0;
+      ASSERT_EQ(slots[i], is_real ? logit_slots[i] : kPoison) << "row " << i;
+      ASSERT_EQ(offsets[i], is_real ? logit_offsets[i] : kPoison) << "row " << i;
+    }
   }
   void run() {
     static ThreadPool pool(1);
@@ -81,7 +89,7 @@ struct UnmaskCall {
   DecodeStateArrays state;
   Tensor logits;
   std::vector<int32_t> logit_slots, logit_offsets;
-  std::vector<int32_t> token_ids;
+  std::vector<int32_t> token_ids, slots, offsets;
   std::vector<float> confidence, logprob, entropy;
   std::vector<uint8_t> committed;
   std::vector<int32_t> num_fresh, num_masked;

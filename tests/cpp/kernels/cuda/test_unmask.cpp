@@ -15,6 +15,7 @@ struct GpuResult {
   std::vector<int32_t> token_ids, num_fresh, num_masked;
   std::vector<float> confidence, logprob, entropy;
   std::vector<uint8_t> committed;
+  std::vector<int32_t> slots, offsets;
 };
 
 // Runs the call on the GPU, `times` in a row, and compares the state with `expected`'s.
@@ -28,6 +29,7 @@ GpuResult run_on_gpu(UnmaskCall call, const UnmaskCall& expected, bool check_sta
   auto confidence = upload(call.confidence), logprob = upload(call.logprob);
   auto entropy = upload(call.entropy);
   auto committed = upload(call.committed);
+  auto out_slots = upload(call.slots), out_offsets = upload(call.offsets);
   auto num_fresh = upload(call.num_fresh), num_masked = upload(call.num_masked);
   DeviceBuffer<char> workspace(
       std::max<size_t>(1, unmask_workspace_bytes(call.num_rows(), call.vocab_size)));
@@ -37,8 +39,8 @@ GpuResult run_on_gpu(UnmaskCall call, const UnmaskCall& expected, bool check_sta
   params.logit_slots = slots.data();
   params.logit_offsets = offsets.data();
   params.state = state.view();
-  params.out = {token_ids.data(), confidence.data(), logprob.data(), entropy.data(),
-                committed.data()};
+  params.out = {token_ids.data(), confidence.data(), logprob.data(),    entropy.data(),
+                committed.data(), out_slots.data(),  out_offsets.data()};
   params.num_fresh = num_fresh.data();
   params.num_masked = num_masked.data();
   params.workspace = workspace.data();
@@ -51,7 +53,7 @@ GpuResult run_on_gpu(UnmaskCall call, const UnmaskCall& expected, bool check_sta
   for (int i = 0; i < times; ++i) cuda::unmask(params, nullptr);
   GpuResult result{download(token_ids),  download(num_fresh), download(num_masked),
                    download(confidence), download(logprob),   download(entropy),
-                   download(committed)};
+                   download(committed),  download(out_slots), download(out_offsets)};
   if (check_state) state.expect_same(expected.state);
   return result;
 }
@@ -70,6 +72,8 @@ void expect_same_result(const GpuResult& actual, const UnmaskCall& expected) {
     expect_near(actual.entropy[i], expected.entropy[i], 1e-4f, "entropy", row);
   }
   ASSERT_EQ(actual.committed, expected.committed);
+  ASSERT_EQ(actual.slots, expected.slots);
+  ASSERT_EQ(actual.offsets, expected.offsets);
   ASSERT_EQ(actual.num_fresh, expected.num_fresh);
   ASSERT_EQ(actual.num_masked, expected.num_masked);
 }
