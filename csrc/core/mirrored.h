@@ -1,6 +1,6 @@
 // Arrays that cross between host and device together, in one copy. They lie one behind another in
 // device memory, with a twin in host memory; on the CPU the two are the same memory, and crossing is
-// nothing. What a step has not used can stay behind: its copies stand between two steps' kernels.
+// nothing. What a step has not used can stay behind: its copies may stand between two steps' kernels.
 #pragma once
 
 #include <algorithm>

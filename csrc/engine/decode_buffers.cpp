@@ -53,7 +53,7 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
   plan_.allocate();
   std::fill_n(denoising_steps_.host, slots, 1);  // slots that nobody had are timed too
   mirror(results_, 2, counts_);
-  mirror(early_, 2, early_counts_);
+  mirror(early_, 1, early_counts_);
   early_.allocate();
   mirror(results_, slots, block_start_, num_fresh_, num_masked_);
   results_.allocate();
@@ -148,7 +148,7 @@ int DecodeBuffers::most_masks(const Request& request, int chunk_length) const {
 void DecodeBuffers::write_plan(const StepPlan& plan) {
   int num_prefill_tokens = 0;
   num_openings_ = most_logit_rows_ = 0;
-  early_counts_.host[0] = -1;
+  *early_counts_.host = kNoCounts;
   num_seqs_ = static_cast<int>(plan.seqs.size());
   for (int s = 0; s < num_seqs_; ++s) {
     const SeqPlan& seq = plan.seqs[s];
@@ -228,13 +228,14 @@ UnmaskParams DecodeBuffers::unmask_params(const void* logits, const ModelConfig&
 std::pair<int, int> DecodeBuffers::wait_for_counts(Stream& stream) const {
   if (results_.device() == Device::cpu) return {num_rows(), num_logit_rows()};
   constexpr uint32_t kSpins = 1 << 14;  // between two looks for errors
-  const volatile int32_t* counts = early_counts_.host;
-  for (uint32_t spin = 1; counts[0] < 0; ++spin) {
-    OPTIMUS_INVARIANT(spin % kSpins != 0 || !stream.is_done() || counts[0] >= 0,
+  const volatile uint64_t* counts = early_counts_.host;
+  uint64_t both = *counts;
+  for (uint32_t spin = 1; both == kNoCounts; both = *counts, ++spin) {
+    OPTIMUS_INVARIANT(spin % kSpins != 0 || !stream.is_done() || *counts != kNoCounts,
                       "a step without counts");
   }
   std::atomic_thread_fence(std::memory_order_acquire);
-  return {counts[0], counts[1]};
+  return {static_cast<int>(both & UINT32_MAX), static_cast<int>(both >> 32)};
 }
 
 StepResult DecodeBuffers::result(int num_rows, int num_logit_rows) const {
@@ -255,17 +256,13 @@ void DecodeBuffers::write_rows(const HostRows& rows) {
   write(logit_rows_, rows.logit_rows);
   write(cu_seqlens_q_, rows.cu_seqlens_q);
   write(seq_page_table_, rows.page_table);
-  const auto write_mirrored = [this](const Mirrored<int32_t>& to,
-                                     const std::vector<int32_t>& from) {
-    copy_memory(to.device, from.data(), from.size() * sizeof(int32_t), results_.device());
-  };
-  const auto write_row = [this](int32_t* to, const std::vector<int32_t>& from) {
+  const auto write_results = [this](int32_t* to, const std::vector<int32_t>& from) {
     copy_memory(to, from.data(), from.size() * sizeof(int32_t), results_.device());
   };
-  write_row(rows_.logit_slots, rows.logit_slots);
-  write_row(rows_.logit_offsets, rows.logit_offsets);
-  write_mirrored(counts_, {static_cast<int32_t>(rows.token_ids.size()),
-                           static_cast<int32_t>(rows.logit_slots.size())});
+  write_results(rows_.logit_slots, rows.logit_slots);
+  write_results(rows_.logit_offsets, rows.logit_offsets);
+  write_results(rows_.counts, {static_cast<int32_t>(rows.token_ids.size()),
+                               static_cast<int32_t>(rows.logit_slots.size())});
 }
 
 size_t DecodeBuffers::bytes() const {

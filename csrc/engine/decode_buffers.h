@@ -1,6 +1,6 @@
 // Everything a step reads and writes besides weights, KV and activations: the decode state of every
 // slot, the plan as build_rows takes it, the rows, and the candidates. Allocated once, where the
-// kernels run; what the host has written goes there in one copy, what it reads comes back in two.
+// kernels run; what the host has written goes there in one copy, what it reads comes back in one.
 #pragma once
 
 #include <utility>
@@ -78,7 +78,7 @@ class DecodeBuffers {
   // Of the plan: logits rows at most; if it is not ahead, exactly.
   int most_logit_rows() const { return most_logit_rows_; }
   int num_openings() const { return num_openings_; }
-  // Downloaded; without a device at once.
+  // Downloaded, before the next step's rows are made; without a device at once.
   int num_rows() const { return counts_.host[0]; }
   int num_logit_rows() const { return counts_.host[1]; }
   size_t bytes() const;
@@ -110,7 +110,7 @@ class DecodeBuffers {
   MirroredArrays results_;
   MirroredRows row_results_;
   MirroredArrays early_;
-  Mirrored<int32_t> early_counts_;  // host memory that build_rows writes; negative before
+  Mirrored<uint64_t> early_counts_;  // [1] host memory that build_rows writes, see BuildRowsParams
   Mirrored<int32_t> counts_, block_start_, num_fresh_, num_masked_, candidate_slots_,
       candidate_offsets_, candidate_ids_;
   Mirrored<float> candidate_confidence_, candidate_logprob_;

@@ -179,8 +179,9 @@ void Runner::launch(const Shape& shape) {
   }
 }
 
-// Ahead of the end of a step, which reads the same memory: the host's part of the decode state. Only
-// windows that open change it; without them the same values are written again.
+// Ahead of the end of a step that reads the same memory, the host's part of the decode state. But for
+// the page tables, which build_rows alone reads, only windows that open change it: without them the
+// same values are written again.
 void Runner::upload(const StepPlan& plan) {
   if (!plan.is_ahead || buffers_.num_openings() > 0) return buffers_.upload(stream_);
   copies_.wait(plan_used_);
@@ -211,6 +212,7 @@ void Runner::start(const StepPlan& plan) {
   } else {
     step_ = step;
     run(step);
+    if (!config_.async_scheduling) fetch(step);  // nothing comes in between
   }
 }
 
@@ -221,7 +223,9 @@ void Runner::run(const Step& step) {
   if (step.rows > 0) launch(shape_of(step.rows, step.seqs, step.logit_rows));
   timer.stop(stream_);
   step_done_.record(stream_);
-  if (device() == Device::cpu) keep(step, results_[turn_ % 2]);
+  if (device() == Device::cpu) {
+    kept_[turn_ % 2].keep(buffers_.result(step.rows, step.logit_rows), config_.max_num_seqs);
+  }
 }
 
 void Runner::fetch(const Step& step) {
@@ -230,18 +234,14 @@ void Runner::fetch(const Step& step) {
   results_copied_.record(copies_);
 }
 
-void Runner::keep(const Step& step, KeptResult& result) {
-  result.keep(buffers_.result(step.rows, step.logit_rows), config_.max_num_seqs);
-}
-
 StepResult Runner::finish() {
   OPTIMUS_INVARIANT(step_.has_value(), "no step to finish");
   const Step done = *step_;
-  KeptResult& result = results_[turn_ % 2];
+  KeptResult& kept = kept_[turn_ % 2];
   if (ahead_) {
     std::tie(ahead_->rows, ahead_->logit_rows) = buffers_.wait_for_counts(stream_);
   } else {
-    fetch(done);
+    if (config_.async_scheduling) fetch(done);
     results_copied_.synchronize();
     OPTIMUS_INVARIANT(
         buffers_.num_rows() == done.rows && buffers_.num_logit_rows() == done.logit_rows,
@@ -251,11 +251,9 @@ StepResult Runner::finish() {
   step_ = std::exchange(ahead_, std::nullopt);
   ++turn_;
   if (step_) run(*step_);
-  if (device() == Device::cuda) {
-    results_copied_.synchronize();
-    keep(done, result);  // the next one's are not on their way yet
-  }
-  return result.view();
+  if (device() == Device::cpu) return kept.view();
+  results_copied_.synchronize();
+  return buffers_.result(done.rows, done.logit_rows);
 }
 
 void Runner::forget_steps() noexcept {

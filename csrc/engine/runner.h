@@ -39,7 +39,7 @@ class Runner {
   // Hands a step to the device. While one is in progress, another one that is planned ahead.
   void start(const StepPlan& plan);
   // Waits for the step in progress, and launches the one that was started ahead of its end. The result
-  // stays until the next call.
+  // stays until the next start() or finish().
   StepResult finish();
   // After a failure: no step is in progress.
   void forget_steps() noexcept;
@@ -90,7 +90,6 @@ class Runner {
   void upload(const StepPlan& plan);
   void run(const Step& step);
   void fetch(const Step& step);
-  void keep(const Step& step, KeptResult& result);
   // As forward() takes them.
   void check_rows(const std::vector<int32_t>& token_ids, const std::vector<int32_t>& positions,
                   const std::vector<int32_t>& kv_limits, int num_pages) const;
@@ -111,7 +110,7 @@ class Runner {
   Buffer<char> unmask_workspace_;  // CUDA only
   KvCache kv_cache_;
   std::optional<Step> step_, ahead_;  // in progress, and started ahead of its end
-  KeptResult results_[2];             // of the steps in turn
+  KeptResult kept_[2];                // of the steps in turn; CPU only
   uint64_t turn_ = 0;                 // of step_; steps that are finished
   std::vector<int> padded_rows_;
   std::vector<Graph> graphs_;  // of padded_rows_; empty when launched kernel by kernel

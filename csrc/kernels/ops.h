@@ -268,6 +268,7 @@ void open_windows(const OpenWindowsParams&, const Execution&);
 //   decode sequence whose slot has ended: no rows.
 //   prefill sequence: prefill_tokens[prefill_offsets[s] ...], prefill_lens[s] of them, from position
 //     prefill_starts[s]; kv_limit = end of the block (prefill_causal: position + 1).
+constexpr uint64_t kNoCounts = ~uint64_t{0};
 struct BuildRowsParams {
   DecodeState state;
   const int32_t* slots;            // [num_seqs]
@@ -285,9 +286,9 @@ struct BuildRowsParams {
   // sequences of page 0 up to `pad_seqs_to` (which StepRows has room for); 0 = none. Where there are
   // more rows than that, none of these are padded.
   int pad_rows_to = 0, pad_seqs_to = 0;
-  // CUDA only: page-locked memory that gets the counts, both at once, while the kernel still runs; or
-  // null. Who has set them to negative numbers can wait for them.
-  int32_t* host_counts = nullptr;  // [2], 8-byte aligned
+  // CUDA only: page-locked memory that gets the counts in one word while the kernel still runs, rows
+  // in its low half and logits rows in its high half; or null. Who has set it to kNoCounts can wait.
+  uint64_t* host_counts = nullptr;
 };
 void build_rows(const BuildRowsParams&, const Execution&);
 

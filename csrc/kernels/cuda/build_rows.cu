@@ -276,12 +276,10 @@ __device__ void write_padding(const BuildRowsParams& p, const Share& share, int 
   }
 }
 
-// Both in one write: a fence between two would cost a way to the host and back.
-__device__ void tell_host(int32_t* counts, int num_rows, int num_logit_rows) {
-  const int2 both = make_int2(num_rows, num_logit_rows);
-  asm volatile("st.relaxed.sys.global.v2.s32 [%0], {%1, %2};" ::"l"(counts), "r"(both.x),
-               "r"(both.y)
-               : "memory");
+// In one write: a fence between two would cost a way to the host and back.
+__device__ void tell_host(uint64_t* counts, int num_rows, int num_logit_rows) {
+  const uint64_t both = uint64_t(num_logit_rows) << 32 | uint32_t(num_rows);
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(counts), "l"(both) : "memory");
 }
 
 __global__ void __launch_bounds__(kThreads, 1) build_rows_kernel(BuildRowsParams p) {

@@ -45,5 +45,27 @@ TEST_F(CudaStreamCopy, CopiesEveryByteAndNoOther) {
   release_memory(middle, Device::cuda);
 }
 
+// A large copy on one stream, read by another that waits for it.
+TEST_F(CudaStreamCopy, AStreamWaitsForAnothersEvent) {
+  constexpr size_t kBytes = size_t(64) << 20, kEnd = 4096;
+  PageLocked from(kBytes), to(kEnd);
+  char* middle = static_cast<char*>(allocate_memory(kBytes, Device::cuda));
+  Stream first(Device::cuda), second(Device::cuda);
+  StreamEvent written(Device::cuda), read(Device::cuda);
+  second.wait(written);  // was never recorded: nothing to wait for
+  for (int trial = 1; trial < 20; ++trial) {
+    std::memset(from.data, trial, kBytes);
+    first.wait(read);
+    first.copy({{middle, from.data, kBytes}});
+    written.record(first);
+    second.wait(written);
+    second.copy({{to.data, middle + kBytes - kEnd, kEnd}});
+    read.record(second);
+    read.synchronize();
+    ASSERT_TRUE(to.values() == std::vector<char>(kEnd, static_cast<char>(trial))) << trial;
+  }
+  release_memory(middle, Device::cuda);
+}
+
 }  // namespace
 }  // namespace optimus

@@ -72,12 +72,30 @@ TEST_F(CudaEngine, RunsAreSoundAndRepeat) {
       Engine launched(model_on_gpu(), config);
       EXPECT_TRUE(launched.runner().captured_graphs().empty());
       expect_same_outcomes(run_jobs(launched, jobs), outcomes);
+      // Planned ahead, one request at a time, so that its rows have the same company.
+      const std::vector<Job> alone = {jobs.front()};
+      Engine waiting(model_on_gpu(), config);
+      const auto expected = run_jobs(waiting, alone);
+      for (const bool graphs : {true, false}) {
+        config.cuda_graphs = graphs;
+        config.async_scheduling = true;
+        Engine ahead(model_on_gpu(), config), again(model_on_gpu(), config);
+        expect_same_outcomes(run_jobs(ahead, alone), expected);
+        expect_same_outcomes(run_jobs(again, alone), expected);
+        const auto planned_ahead = run_jobs(ahead, jobs);
+        if (HasFailure()) return;
+        expect_same_outcomes(run_jobs(again, jobs), planned_ahead);
+      }
     }
   }
 }
 
-TEST_F(CudaEngine, PreemptionAbortAndArrivalsAreSound) {
+class CudaEngineAsync : public CudaEngine, public ::testing::WithParamInterface<bool> {};
+INSTANTIATE_TEST_SUITE_P(AheadOrNot, CudaEngineAsync, ::testing::Bool());
+
+TEST_P(CudaEngineAsync, PreemptionAbortAndArrivalsAreSound) {
   EngineConfig config = gpu_engine_config(DecodeMode::chunk, KvPolicy::freeze);
+  config.async_scheduling = GetParam();
   config.num_pages = 9;
   Engine engine(model_on_gpu(), config);
   std::vector<Job> jobs = tiny_jobs(8, 16);

@@ -131,10 +131,10 @@ void run_and_compare(ThreadPool& pool, const BatchShape& shape, DecodeStateArray
   set_plan(on_device, slots.data(), chunk_lengths.data(), refresh.data(), lens.data(),
            starts.data(), offsets.data(), tokens.data());
   set_rows(on_device, device_rows, cu_seqlens.data(), page_table.data(), counts.data());
-  const auto release = [](int32_t* counts) { release_host_memory(counts, Device::cuda); };
-  std::unique_ptr<int32_t[], decltype(release)> host_counts(
-      static_cast<int32_t*>(allocate_host_memory(2 * sizeof(int32_t), Device::cuda)), release);
-  host_counts[0] = host_counts[1] = -1;
+  const auto release = [](uint64_t* counts) { release_host_memory(counts, Device::cuda); };
+  std::unique_ptr<uint64_t, decltype(release)> host_counts(
+      static_cast<uint64_t*>(allocate_host_memory(sizeof(uint64_t), Device::cuda)), release);
+  *host_counts = kNoCounts;
   on_device.host_counts = host_counts.get();
   BuildRowsParams on_host = params_of(shape, step, state.view(), causal);
   set_plan(on_host, step.slots.data(), step.chunk_lengths.data(), step.refresh.data(),
@@ -145,8 +145,7 @@ void run_and_compare(ThreadPool& pool, const BatchShape& shape, DecodeStateArray
   cpu::build_rows(on_host, pool);
   cuda::build_rows(on_device, nullptr);
   ASSERT_EQ(download(counts), step.counts);
-  ASSERT_EQ(host_counts[0], step.counts[0]);
-  ASSERT_EQ(host_counts[1], step.counts[1]);
+  ASSERT_EQ(*host_counts, uint64_t(step.counts[1]) << 32 | step.counts[0]);
   ASSERT_EQ(download(cu_seqlens), step.cu_seqlens);
   for (size_t i = 0; i < per_row.size(); ++i) {
     ASSERT_EQ(download(per_row[i]), step.per_row[i]) << "array " << i << " of StepRows";
