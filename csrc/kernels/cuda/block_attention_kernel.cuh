@@ -1,10 +1,11 @@
 // The attention kernel: one persistent CTA per share, two producer warps, eight consumer warps.
 //
 // A consumer warp holds 16 packed rows. Fewer rows than 16 per warp are held by several warps
-// (copies): some of them share a tile's keys, and with more copies left, teams of copies take tiles
-// in turn. Every copy runs its own online softmax; at the end of a piece the copies' sums are merged
-// through shared memory in fixed order. Items of more than 32 packed rows use
-// wgmma where it exists: then a team is one warpgroup, or both side by side.
+// (copies): some of them share a tile's keys, and with more copies left, two teams of copies take tiles
+// in turn. Where a share has whole pieces of two heads, both at once come in turn, each team has a head
+// to itself, and one ends a piece while the other goes on. Every copy runs its own online softmax; at
+// the end of a piece the copies' sums are merged through shared memory in fixed order. Items of more
+// than 32 packed rows use wgmma where it exists: then a team is one warpgroup, or both side by side.
 #pragma once
 
 #include "core/launch.cuh"
@@ -57,26 +58,27 @@ struct Consumer {
 
   __device__ __forceinline__ Queries find(const Piece& piece) {
     const int row_warps = 1 << kind_of(piece.item.packed_count);
-    return find_queries(args, piece, (warp & (row_warps - 1)) * 16, lane);
+    const int head = piece.head + (piece.two_heads ? warp / kTeamWarps : 0);
+    return find_queries(args, piece.item, head, (warp & (row_warps - 1)) * 16, lane);
   }
 
   // kRowWarps warps side by side hold the packed rows; each takes kKeys of a tile's keys.
   template <int kRowWarps, int kKeys>
   __device__ __forceinline__ void run_piece(Piece& piece, Queries& queries, RingPosition& at,
                                             int& turn) {
-    constexpr int kTeamWarps = kRowWarps * (kTileKeys / kKeys);
-    constexpr int kTeams = kConsumerWarps / kTeamWarps;
+    constexpr int kWarps = kRowWarps * (kTileKeys / kKeys), kTeams = kConsumerWarps / kWarps;
+    static_assert(kTeams == 1 || kWarps == kTeamWarps);
     const Queries rows = queries;
     const PieceOutput done(args, piece);
     const Item item = piece.item;
-    const int end_tile = piece.end_tile;
-    int tile = piece.at.tile;
+    const int first_tile = piece.at.tile, tile_shift = begin_turns(piece, turn);
+    const int count = (piece.end_tile - first_tile) << tile_shift;
     State state;
     begin_piece(state, piece, queries);
     int first_row = warp / kRowWarps % (kTileKeys / kKeys) * kKeys;
-    for (; tile < end_tile; ++tile) {
-      if (turn++ % kTeams == warp / kTeamWarps) {
-        run_tile<kKeys>(state, item, tile * kTileKeys, first_row, at);
+    for (int i = 0; i < count; ++i) {
+      if (turn++ % kTeams == warp / kWarps) {
+        run_tile<kKeys>(state, item, (first_tile + (i >> tile_shift)) * kTileKeys, first_row, at);
       } else {
         skip_tile(at);
       }
@@ -84,6 +86,13 @@ struct Consumer {
       at.advance(args.num_slots);
     }
     end_piece<kRowWarps>(state, done, rows, piece, queries);
+  }
+
+  // The i-th tile that comes of a piece is its tile i >> result: of two heads each tile comes twice, to
+  // the first team first.
+  __device__ __forceinline__ static int begin_turns(const Piece& piece, int& turn) {
+    if (piece.two_heads) turn = 0;
+    return piece.two_heads;
   }
 
   // Takes Q. Where there is room, the next piece's Q is on its way from then on, else from the end.
@@ -155,28 +164,31 @@ struct Consumer {
     const PieceOutput done(args, piece);
     const int first_limit = piece.item.first_limit, last_limit = piece.item.last_limit;
     const int team = kTeams > 1 ? warp / kRowWarps : 0, end_tile = piece.end_tile;
-    int tile = piece.at.tile;
+    const int tile_shift = kTeams > 1 ? begin_turns(piece, turn) : 0;
+    // Tiles are counted from the item's first, each as often as it comes.
+    const int end = end_tile << tile_shift;
+    int i = piece.at.tile << tile_shift;
     State state;
     begin_piece(state, piece, queries);
     bool k_is_there = false;  // of the tile at hand
     RingPosition held;        // the tile whose probabilities are in p
     int held_tile = -1;
     uint32_t p[kTileKeys / 16][4];
-    while (tile < end_tile && turn % kTeams != team) pass_tile(at, tile, turn);
-    if (tile < end_tile) {
-      run_tall_tile<false>(state, p, first_limit, tile, at, held, k_is_there);
-      held = at, held_tile = tile;
-      advance(at, tile, turn);
+    while (i < end && turn % kTeams != team) pass_tile(at, i, turn);
+    if (i < end) {
+      run_tall_tile<false>(state, p, first_limit, i >> tile_shift, at, held, k_is_there);
+      held = at, held_tile = i >> tile_shift;
+      advance(at, i, turn);
     }
-    while (tile < end_tile) {
+    while (i < end) {
       if (turn % kTeams != team) {
         k_is_there = false;
-        pass_tile(at, tile, turn);
+        pass_tile(at, i, turn);
         continue;
       }
-      run_tall_tile<true>(state, p, first_limit, tile, at, held, k_is_there);
-      held = at, held_tile = tile;
-      advance(at, tile, turn);
+      run_tall_tile<true>(state, p, first_limit, i >> tile_shift, at, held, k_is_there);
+      held = at, held_tile = i >> tile_shift;
+      advance(at, i, turn);
     }
     if (held_tile >= 0) finish_tall_tile(state, p, last_limit - held_tile * kTileKeys, held);
     // The team that has not the partial tile passes as many barriers as the one that has: the race
@@ -202,15 +214,15 @@ struct Consumer {
     release_v(held.slot);
   }
 
-  __device__ __forceinline__ void advance(RingPosition& at, int& tile, int& turn) {
+  __device__ __forceinline__ void advance(RingPosition& at, int& i, int& turn) {
     at.advance(args.num_slots);
-    ++tile;
+    ++i;
     ++turn;
   }
-  __device__ __forceinline__ void pass_tile(RingPosition& at, int& tile, int& turn) {
+  __device__ __forceinline__ void pass_tile(RingPosition& at, int& i, int& turn) {
     skip_tile(at);
     release(at.slot);
-    advance(at, tile, turn);
+    advance(at, i, turn);
   }
 
   // The tile's probabilities to p. With kHeld, those of tile `held`, which p has until then, are

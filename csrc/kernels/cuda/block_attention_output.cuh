@@ -9,12 +9,13 @@ namespace optimus::cuda::attention {
 
 // Where a piece goes.
 struct PieceOutput {
-  bool whole;
+  bool whole, two_heads;
   int packed_count;
   size_t first_row;  // of its partial slot
 
   __device__ PieceOutput(const AttentionArgs& args, const Piece& piece)
       : whole(piece.whole()),
+        two_heads(piece.two_heads),
         packed_count(piece.item.packed_count),
         first_row(partial_row(args, blockIdx.x, piece.at.tile == 0)) {}
 };
@@ -49,15 +50,28 @@ struct Output {
       } else {
         store_partial(args, state, piece, warp * 16, lane);
       }
+    } else if (kRowWarps == kTeamWarps && piece.two_heads) {
+      store_rows(args, state, rows, lane);
     } else {
       store_sums(args, state, warp, lane);
-      ptx::named_barrier(kConsumerBarrier, kConsumerWarps * 32);
+      meet_copies(piece);
       merge_copies<kRowWarps>(args, piece, rows, warp, lane);
-      ptx::named_barrier(kConsumerBarrier, kConsumerWarps * 32);
+      meet_copies(piece);
     }
   }
 
  private:
+  // Two barriers of teams by name: the race checker does not follow one whose number is computed.
+  __device__ __forceinline__ void meet_copies(const PieceOutput& piece) const {
+    if (!piece.two_heads) {
+      ptx::named_barrier(kConsumerBarrier, kConsumerWarps * 32);
+    } else if (warp < kTeamWarps) {
+      ptx::named_barrier(kWarpgroupBarrier, kTeamWarps * 32);
+    } else {
+      ptx::named_barrier(kWarpgroupBarrier + 1, kTeamWarps * 32);
+    }
+  }
+
   // Through shared memory, so that whole rows are written in 16-byte pieces.
   __device__ __forceinline__ void store_rows(const AttentionArgs& args,
                                              const WarpState<kHeadDim>& state, const Queries& rows,
@@ -135,21 +149,24 @@ struct Output {
     }
   }
 
-  // The copies of a row divide the rows of its 16-row group among them.
+  // The copies of a row, in all warps or in the team's, divide the rows of its 16-row group among them.
   template <int kRowWarps>
   __device__ __forceinline__ void merge_copies(const AttentionArgs& args, const PieceOutput& piece,
                                                const Queries& rows, int warp, int lane) {
     constexpr int kCopies = kConsumerWarps / kRowWarps;
     constexpr int kLanesPerRow = kHeadDim / 4;
     constexpr int kRowsPerPass = 32 / kLanesPerRow;
-    int row_warp = warp % kRowWarps, copy = warp / kRowWarps;
+    const int first_warp = piece.two_heads ? warp / kTeamWarps * kTeamWarps : 0;
+    const int copies = piece.two_heads ? kTeamWarps / kRowWarps : kCopies;
+    const int rows_each = piece.two_heads ? 16 * kRowWarps / kTeamWarps : 16 / kCopies;
+    int row_warp = warp % kRowWarps, copy = (warp - first_warp) / kRowWarps;
     int column = lane % kLanesPerRow * 4;
 #pragma unroll 1  // code that runs once costs what it takes to fetch
-    for (int first = 0; first < 16 / kCopies; first += kRowsPerPass) {
-      int row = copy * (16 / kCopies) + first + lane / kLanesPerRow;
+    for (int first = 0; first < rows_each; first += kRowsPerPass) {
+      int row = copy * rows_each + first + lane / kLanesPerRow;
       int head = __shfl_sync(~0u, rows.head, row);
       float4 total;
-      float2 ms = merge_row<kRowWarps>(row_warp, row, column, total);
+      float2 ms = merge_row<kRowWarps>(first_warp + row_warp, copies, row, column, total);
       int packed = row_warp * 16 + row;
       if (packed >= piece.packed_count) continue;
       if (piece.whole) {
@@ -165,25 +182,29 @@ struct Output {
     }
   }
 
-  // Four columns of a row from all its copies; returns their (max, sum).
+  // Four columns of a row from all its copies, the first of which is warp `first`'s; returns their
+  // (max, sum).
   template <int kRowWarps>
-  __device__ __forceinline__ float2 merge_row(int row_warp, int row, int column, float4& total) {
+  __device__ __forceinline__ float2 merge_row(int first, int copies, int row, int column,
+                                              float4& total) {
     constexpr int kCopies = kConsumerWarps / kRowWarps;
     float2 parts[kCopies];
     float max = -INFINITY, sum = 0;
 #pragma unroll
     for (int c = 0; c < kCopies; ++c) {
-      parts[c] = max_sum[(c * kRowWarps + row_warp) * 16 + row];
+      if (c >= copies) break;
+      parts[c] = max_sum[(c * kRowWarps + first) * 16 + row];
       max = fmaxf(max, parts[c].x);
     }
     float base = max == -INFINITY ? 0.0f : max;
     total = {0, 0, 0, 0};
 #pragma unroll
     for (int c = 0; c < kCopies; ++c) {
+      if (c >= copies) break;
       float factor = ptx::exp2_approx(parts[c].x - base);
-      float4 part = *reinterpret_cast<const float4*>(
-          sums + ((c * kRowWarps + row_warp) * 16 + row) * kHeadDim +
-          ((column / 8) ^ (row % 8)) * 8 + column % 8);
+      float4 part =
+          *reinterpret_cast<const float4*>(sums + ((c * kRowWarps + first) * 16 + row) * kHeadDim +
+                                           ((column / 8) ^ (row % 8)) * 8 + column % 8);
       sum += factor * parts[c].y;
       total.x += factor * part.x;
       total.y += factor * part.y;

@@ -57,16 +57,24 @@ struct Producer {
       }
       if (key >> args.page_shift >= pages.first + 32) pages = load_pages(piece, tile);
       int keys = min(kTileKeys, piece.item.last_limit - key);
-      if (is_v) {
-        ptx::barrier_wait(ring.v_released(at.slot), at.phase ^ 1);
-        copy_tile(args.v_pages, v_map, ring.v_full(at.slot), ring.v(at.slot, kTileBytes<kHeadDim>),
-                  piece.head, key, keys, pages.first, pages.page);
-      } else {
-        ptx::barrier_wait(ring.k_released(at.slot), at.phase ^ 1);
-        copy_tile(args.k_pages, k_map, ring.k_full(at.slot), ring.k(at.slot, kTileBytes<kHeadDim>),
-                  piece.head, key, keys, pages.first, pages.page);
+#pragma unroll 1
+      for (int head = piece.head; head <= piece.head + piece.two_heads; ++head) {
+        copy_tile(head, key, keys, pages, at);
+        at.advance(args.num_slots);
       }
-      at.advance(args.num_slots);
+    }
+  }
+
+  __device__ __forceinline__ void copy_tile(int head, int key, int keys, const Pages& pages,
+                                            RingPosition at) const {
+    if (is_v) {
+      ptx::barrier_wait(ring.v_released(at.slot), at.phase ^ 1);
+      copy_tile(args.v_pages, v_map, ring.v_full(at.slot), ring.v(at.slot, kTileBytes<kHeadDim>),
+                head, key, keys, pages.first, pages.page);
+    } else {
+      ptx::barrier_wait(ring.k_released(at.slot), at.phase ^ 1);
+      copy_tile(args.k_pages, k_map, ring.k_full(at.slot), ring.k(at.slot, kTileBytes<kHeadDim>),
+                head, key, keys, pages.first, pages.page);
     }
   }
 

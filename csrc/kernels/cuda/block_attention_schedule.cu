@@ -97,18 +97,18 @@ struct Cost {
 __device__ Cost cost_of(int kind, bool memory_bound) {
   switch (kind) {
     case 0:
-      return {memory_bound ? 24 : 15, 55, 50};
+      return {memory_bound ? 24 : 15, 35, 50};
     case 1:
-      return {memory_bound ? 25 : 15, 65, 60};
+      return {memory_bound ? 25 : 15, 45, 60};
     case 2:
-      return {memory_bound ? 31 : 18, 72, 140};
+      return {memory_bound ? 31 : 18, 40, 140};
     default:
       return {memory_bound ? 28 : 25, memory_bound ? 80 : 62, 280};
   }
 }
 // A tile of head_dim 128 at the bandwidth of the memory, when every SM reads.
 constexpr int kMemoryTileCost = 27;
-// Shares are at least this long: a small item's piece of two tiles. No share that a pair runs
+// Shares are at least this long: a small item's piece of three tiles. No share that a pair runs
 // through may be without a tile of it, for the merge takes a part from each: so not below any
 // tile's cost.
 constexpr int kMinShareCost = 103;

@@ -14,6 +14,7 @@
 namespace optimus::cuda::attention {
 
 constexpr int kConsumerWarps = 8;
+constexpr int kTeamWarps = 4;                        // of items of up to 64 packed rows
 constexpr int kProducerWarps = 2;                    // one for K, one for V
 constexpr int kThreads = (kConsumerWarps + 4) * 32;  // whole warpgroups
 constexpr int kMaxSlots = 10;
@@ -123,7 +124,8 @@ struct Piece {
   Item following;  // of the next piece, loaded ahead where that is another
   Position at;     // at.tile: the first of the piece
   int head, end_tile;
-  Position end;  // of the share
+  bool two_heads;  // of two pairs at once, whole ones of this head and the next
+  Position end;    // of the share
   int step, step_after;
 
   __device__ Piece(const AttentionArgs& args, const Share& share)
@@ -137,12 +139,13 @@ struct Piece {
   __device__ bool valid() const { return is_before_end(at); }
   __device__ bool whole() const { return at.tile == 0 && end_tile == item.num_tiles; }
   __device__ void next(const AttentionArgs& args) {
-    if (!is_before_end({at.pair + step, 0})) {
+    const int next_pair = at.pair + step + two_heads;
+    if (!is_before_end({next_pair, 0})) {
       at = end;
       return;
     }
     const int item_idx = item_of(args, at.pair);
-    at = {at.pair + step, 0};
+    at = {next_pair, 0};
     if (item_of(args, at.pair) != item_idx) item = following;
     const int taken = step;
     step = step_after;
@@ -158,10 +161,14 @@ struct Piece {
     return position.pair < end.pair || (position.pair == end.pair && position.tile < end.tile);
   }
   __device__ void enter(const AttentionArgs& args) {
-    const int item_idx = item_of(args, at.pair), next_idx = item_of(args, at.pair + step);
+    const int item_idx = item_of(args, at.pair);
     head = at.pair - item_idx * args.num_kv_heads;
     end_tile = at.pair == end.pair ? end.tile : item.num_tiles;
-    if (next_idx != item_idx && is_before_end({at.pair + step, 0})) {
+    // Where pairs are dealt, the share's next is another one.
+    two_heads = kind_of(item.packed_count) < 3 && at.tile == 0 && at.pair + 1 < end.pair &&
+                head + 1 < args.num_kv_heads && step + step_after == 2;
+    const int next_pair = at.pair + step + two_heads, next_idx = item_of(args, next_pair);
+    if (next_idx != item_idx && is_before_end({next_pair, 0})) {
       following = load_past_l1(&args.ws.items[next_idx]);
     }
   }

@@ -11,16 +11,16 @@ struct Queries {
   int limit;  // its kv_limit
 };
 
-__device__ __forceinline__ Queries find_queries(const AttentionArgs& args, const Piece& piece,
-                                                int first_packed, int lane) {
-  Queries queries = {-1, piece.item.last_limit};
+__device__ __forceinline__ Queries find_queries(const AttentionArgs& args, const Item& item,
+                                                int kv_head, int first_packed, int lane) {
+  Queries queries = {-1, item.last_limit};
   int packed = first_packed + lane % 16;
-  if (packed < piece.item.packed_count) {
-    packed += piece.item.packed_begin;
+  if (packed < item.packed_count) {
+    packed += item.packed_begin;
     int row = row_of(args, packed);
-    queries.head = (piece.item.row_begin + row) * args.num_q_heads + piece.head * args.group +
-                   packed - row * args.group;
-    queries.limit = __ldcg(&args.kv_limits[piece.item.row_begin + row]);
+    queries.head = (item.row_begin + row) * args.num_q_heads + kv_head * args.group + packed -
+                   row * args.group;
+    queries.limit = __ldcg(&args.kv_limits[item.row_begin + row]);
   }
   return queries;
 }
