@@ -204,7 +204,7 @@ void Runner::start(const StepPlan& plan) {
   build_rows(buffers_.build_rows_params(model_.config().mask_token_id, padded ? shape.rows : 0,
                                         padded ? shape.seqs : 0),
              execution_);
-  plan_used_.record(stream_);
+  if (config_.async_scheduling) plan_used_.record(stream_);
   if (plan.is_ahead) {
     ahead_ = step;
     fetch(*step_);
@@ -222,16 +222,18 @@ void Runner::run(const Step& step) {
   timer.start(stream_);
   if (step.rows > 0) launch(shape_of(step.rows, step.seqs, step.logit_rows));
   timer.stop(stream_);
-  step_done_.record(stream_);
+  if (config_.async_scheduling) step_done_.record(stream_);
   if (device() == Device::cpu) {
     kept_[turn_ % 2].keep(buffers_.result(step.rows, step.logit_rows), config_.max_num_seqs);
   }
 }
 
+// Beside the next step's rows, if those may already be on their way.
 void Runner::fetch(const Step& step) {
-  copies_.wait(step_done_);
-  buffers_.download(copies_, step.logit_rows);
-  results_copied_.record(copies_);
+  Stream& stream = config_.async_scheduling ? copies_ : stream_;
+  if (config_.async_scheduling) copies_.wait(step_done_);
+  buffers_.download(stream, step.logit_rows);
+  results_copied_.record(stream);
 }
 
 StepResult Runner::finish() {
