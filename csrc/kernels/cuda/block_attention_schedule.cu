@@ -97,11 +97,11 @@ struct Cost {
 __device__ Cost cost_of(int kind, bool memory_bound) {
   switch (kind) {
     case 0:
-      return {memory_bound ? 24 : 15, 35, 50};
+      return {memory_bound ? 24 : 15, memory_bound ? 35 : 55, 50};
     case 1:
-      return {memory_bound ? 25 : 15, 45, 60};
+      return {memory_bound ? 25 : 15, memory_bound ? 45 : 65, 60};
     case 2:
-      return {memory_bound ? 31 : 18, 40, 140};
+      return {memory_bound ? 31 : 18, memory_bound ? 40 : 72, 140};
     default:
       return {memory_bound ? 28 : 25, memory_bound ? 80 : 62, 280};
   }
