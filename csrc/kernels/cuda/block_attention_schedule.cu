@@ -108,7 +108,7 @@ __device__ Cost cost_of(int kind, bool memory_bound) {
 }
 // A tile of head_dim 128 at the bandwidth of the memory, when every SM reads.
 constexpr int kMemoryTileCost = 27;
-// Shares are at least this long: a small item's piece of three tiles. No share that a pair runs
+// Shares are at least this long: about a small item's piece of three tiles. No share that a pair runs
 // through may be without a tile of it, for the merge takes a part from each: so not below any
 // tile's cost.
 constexpr int kMinShareCost = 103;

@@ -79,6 +79,25 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnEvenSteps) {
   check_step(rng, {8, 2, 128, 64}, Limits(1, std::vector<int>(32, 4100)), pool);
 }
 
+// Many pairs to a share: whole pieces of two heads, of each kind, before, behind and between others that
+// are cut or are alone.
+TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnTwoHeads) {
+  Rng rng(313);
+  const int of_all_kinds[] = {1, 4, 5, 8, 9, 16, 20};
+  for (int head_dim : {64, 128}) {
+    for (int rows : {4, 8, 16, 0}) {
+      Limits limits(220);
+      for (auto& seq : limits) {
+        const int count = rows > 0 ? rows : of_all_kinds[random_int(rng, 0, 6)];
+        seq = staircase(count, 4, random_int(rng, count, 450));
+      }
+      check_step(rng, {12, 3, head_dim, 64}, limits, pool);
+      if (HasFatalFailure()) return;
+    }
+  }
+  check_step(rng, {32, 8, 128, 64}, Limits(99, staircase(16, 4, 470)), pool);
+}
+
 // Shares of many tiles: the ring of slots goes round several times, within and across pieces.
 TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnLongShares) {
   Rng rng(310);

@@ -96,11 +96,8 @@ struct NewRows {
 
 // With positions, keys are read before the kernel is done that writes the rows' own: those are not. A
 // kernel of one CTA, far ahead of both for long, leaves SMs and time to be wrong.
-TEST_F(CudaBlockAttentionLaunch, WaitsForTheKeysOfItsStep) {
-  Rng rng(312);
+void check_waiting(Rng& rng, const Limits& limits, ThreadPool& pool) {
   const Shape shape = {8, 2, 128, 64};
-  const Limits limits = {std::vector<int>(8, 1000), {},  std::vector<int>(5, 70),
-                         staircase(40, 32, 333),    {1}, std::vector<int>(64, 64)};
   const int stride = 18, num_pages = pages_of(limits, shape.page_size);
   Step step(rng, limits, shape.page_size, num_pages, stride);
   Fixture fixture(rng, shape, num_pages, stride, static_cast<int>(limits.size()), step.num_rows());
@@ -136,6 +133,16 @@ TEST_F(CudaBlockAttentionLaunch, WaitsForTheKeysOfItsStep) {
   std::swap(fixture.k, rows.k);
   std::swap(fixture.v, rows.v);
   fixture.expect_near(out.read(), fixture.expected(step, pool), step);
+}
+
+TEST_F(CudaBlockAttentionLaunch, WaitsForTheKeysOfItsStep) {
+  Rng rng(312);
+  Limits limits = {std::vector<int>(8, 1000), {},  std::vector<int>(5, 70),
+                   staircase(40, 32, 333),    {1}, std::vector<int>(64, 64)};
+  check_waiting(rng, limits, pool);
+  if (HasFatalFailure()) return;
+  for (int i = 0; i < 150; ++i) limits.push_back(staircase(8, 8, 64 + 3 * i));  // two heads at once
+  check_waiting(rng, limits, pool);
 }
 
 }  // namespace
