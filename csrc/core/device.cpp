@@ -184,10 +184,11 @@ void Stream::wait(const StreamEvent& event) {
   OPTIMUS_CUDA_CHECK(cudaStreamWaitEvent(stream_of(handle_), event_of(event.handle()), 0));
 }
 
-StreamEvent::StreamEvent(Device device) {
+StreamEvent::StreamEvent(Device device, bool timed) {
   if (device == Device::cpu) return;
   cudaEvent_t event = nullptr;
-  OPTIMUS_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  OPTIMUS_CUDA_CHECK(
+      cudaEventCreateWithFlags(&event, timed ? cudaEventDefault : cudaEventDisableTiming));
   handle_ = event;
 }
 
@@ -196,6 +197,7 @@ StreamEvent::~StreamEvent() {
 }
 
 void StreamEvent::record(Stream& stream) {
+  recorded_ms_ = now_ms();
   if (handle_ == nullptr) return;
   OPTIMUS_CUDA_CHECK(cudaEventRecord(event_of(handle_), stream_of(stream.handle())));
 }
@@ -204,44 +206,10 @@ void StreamEvent::synchronize() const {
   if (handle_ != nullptr) OPTIMUS_CUDA_CHECK(cudaEventSynchronize(event_of(handle_)));
 }
 
-StreamTimer::StreamTimer(Device device) {
-  if (device == Device::cpu) return;
-  cudaEvent_t started = nullptr, stopped = nullptr;
-  OPTIMUS_CUDA_CHECK(cudaEventCreate(&started));
-  OPTIMUS_CUDA_CHECK(cudaEventCreate(&stopped));
-  started_ = started;
-  stopped_ = stopped;
-}
-
-StreamTimer::~StreamTimer() {
-  for (void* event : {started_, stopped_}) {
-    if (event != nullptr) static_cast<void>(cudaEventDestroy(event_of(event)));
-  }
-}
-
-void StreamTimer::start(Stream& stream) {
-  start_ms_ = now_ms();
-  if (started_ == nullptr) return;
-  OPTIMUS_CUDA_CHECK(cudaEventRecord(event_of(started_), stream_of(stream.handle())));
-}
-
-void StreamTimer::stop(Stream& stream) {
-  stop_ms_ = now_ms();
-  if (stopped_ == nullptr) return;
-  OPTIMUS_CUDA_CHECK(cudaEventRecord(event_of(stopped_), stream_of(stream.handle())));
-}
-
-double StreamTimer::ms() const {
-  if (started_ == nullptr) return stop_ms_ - start_ms_;
+double StreamEvent::ms_since(const StreamEvent& earlier) const {
+  if (handle_ == nullptr) return recorded_ms_ - earlier.recorded_ms_;
   float ms = 0;
-  OPTIMUS_CUDA_CHECK(cudaEventElapsedTime(&ms, event_of(started_), event_of(stopped_)));
-  return ms;
-}
-
-double StreamTimer::ms_since(const StreamTimer& before) const {
-  if (started_ == nullptr) return start_ms_ - before.stop_ms_;
-  float ms = 0;
-  OPTIMUS_CUDA_CHECK(cudaEventElapsedTime(&ms, event_of(before.stopped_), event_of(started_)));
+  OPTIMUS_CUDA_CHECK(cudaEventElapsedTime(&ms, event_of(earlier.handle_), event_of(handle_)));
   return ms;
 }
 
@@ -308,22 +276,14 @@ void Stream::synchronize() {}
 void Stream::wait(const StreamEvent&) {}
 bool Stream::is_done() { return true; }
 
-StreamEvent::StreamEvent(Device device) {
+StreamEvent::StreamEvent(Device device, bool) {
   if (device != Device::cpu) throw_no_cuda();
 }
 StreamEvent::~StreamEvent() = default;
-void StreamEvent::record(Stream&) {}
+void StreamEvent::record(Stream&) { recorded_ms_ = now_ms(); }
 void StreamEvent::synchronize() const {}
-
-StreamTimer::StreamTimer(Device device) {
-  if (device != Device::cpu) throw_no_cuda();
-}
-StreamTimer::~StreamTimer() = default;
-void StreamTimer::start(Stream&) { start_ms_ = now_ms(); }
-void StreamTimer::stop(Stream&) { stop_ms_ = now_ms(); }
-double StreamTimer::ms() const { return stop_ms_ - start_ms_; }
-double StreamTimer::ms_since(const StreamTimer& before) const {
-  return start_ms_ - before.stop_ms_;
+double StreamEvent::ms_since(const StreamEvent& earlier) const {
+  return recorded_ms_ - earlier.recorded_ms_;
 }
 
 Graph::Graph(Stream&, const std::function<void()>&) { throw_no_cuda(); }

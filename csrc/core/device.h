@@ -49,17 +49,21 @@ class Stream;
 // never recorded. On the CPU nothing is ever to be waited for.
 class StreamEvent {
  public:
-  explicit StreamEvent(Device device);
+  // `timed`: it also notes when, for ms_since().
+  explicit StreamEvent(Device device, bool timed = false);
   ~StreamEvent();
   StreamEvent(const StreamEvent&) = delete;
   StreamEvent& operator=(const StreamEvent&) = delete;
 
   void record(Stream& stream);
   void synchronize() const;
+  // When both have happened, on the device's clock whatever the host does meanwhile.
+  double ms_since(const StreamEvent& earlier) const;
   void* handle() const { return handle_; }  // a cudaEvent_t
 
  private:
   void* handle_ = nullptr;
+  double recorded_ms_ = 0;  // cpu
 };
 
 // An ordered queue of work. On the CPU work is done at once, and handle() is null.
@@ -86,23 +90,20 @@ class Stream {
   void* handle_ = nullptr;
 };
 
-// Measures the time that a stream takes from one point to another, whatever the host does meanwhile.
+// Measures the time that a stream takes from one point to another.
 class StreamTimer {
  public:
-  explicit StreamTimer(Device device);
-  ~StreamTimer();
-  StreamTimer(const StreamTimer&) = delete;
-  StreamTimer& operator=(const StreamTimer&) = delete;
+  explicit StreamTimer(Device device) : started_(device, true), stopped_(device, true) {}
 
-  void start(Stream& stream);
-  void stop(Stream& stream);
+  void start(Stream& stream) { started_.record(stream); }
+  void stop(Stream& stream) { stopped_.record(stream); }
   // After the stream has passed both: from start to stop, and from the stop of `before` to the start.
-  double ms() const;
-  double ms_since(const StreamTimer& before) const;
+  double ms() const { return stopped_.ms_since(started_); }
+  double ms_since(const StreamTimer& before) const { return started_.ms_since(before.stopped_); }
+  const StreamEvent& stopped() const { return stopped_; }
 
  private:
-  double start_ms_ = 0, stop_ms_ = 0;             // cpu
-  void *started_ = nullptr, *stopped_ = nullptr;  // cuda: cudaEvent_t
+  StreamEvent started_, stopped_;
 };
 
 // Work recorded once on a CUDA stream, launched as often as wanted.

@@ -68,9 +68,9 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
   allocate(slots, denoise_step_, ended_);
   allocate(slots * 2 * grid, window_tokens_, window_status_);
   allocate(slots * stride, seq_page_table_);
-  allocate(rows, token_ids_, positions_, kv_limits_, kv_slots_, logit_rows_, candidate_entropy_);
+  allocate(rows, token_ids_, positions_, kv_limits_, kv_slots_, logit_rows_, logit_slots_,
+           logit_offsets_, candidate_entropy_);
   allocate(slots + 1, cu_seqlens_q_);
-  if (device == Device::cuda) allocate(rows, logit_slots_, logit_offsets_);
 
   state_ = {block_start_.device,    window_tokens_.data(),   window_status_.data(),
             denoise_step_.data(),   page_table_.device,      temperature_.device,
@@ -79,24 +79,12 @@ DecodeBuffers::DecodeBuffers(const EngineConfig& config, int max_pages_per_seq, 
             seed_.device,           first_output_.device,    end_position_.device,
             stop_token_ids_.device, ended_.data(),           config.max_num_seqs,
             config.grid(),          max_pages_per_seq};
-  const bool is_cpu = device == Device::cpu;
-  rows_ = {token_ids_.data(),
-           positions_.data(),
-           kv_limits_.data(),
-           kv_slots_.data(),
-           cu_seqlens_q_.data(),
-           seq_page_table_.data(),
-           logit_rows_.data(),
-           is_cpu ? candidate_slots_.device : logit_slots_.data(),
-           is_cpu ? candidate_offsets_.device : logit_offsets_.data(),
-           counts_.device};
-  candidates_ = {candidate_ids_.device,
-                 candidate_confidence_.device,
-                 candidate_logprob_.device,
-                 candidate_entropy_.data(),
-                 candidate_committed_.device,
-                 is_cpu ? nullptr : candidate_slots_.device,
-                 is_cpu ? nullptr : candidate_offsets_.device};
+  rows_ = {token_ids_.data(),     positions_.data(),      kv_limits_.data(),  kv_slots_.data(),
+           cu_seqlens_q_.data(),  seq_page_table_.data(), logit_rows_.data(), logit_slots_.data(),
+           logit_offsets_.data(), counts_.device};
+  candidates_ = {candidate_ids_.device,     candidate_confidence_.device, candidate_logprob_.device,
+                 candidate_entropy_.data(), candidate_committed_.device,  candidate_slots_.device,
+                 candidate_offsets_.device};
 }
 
 // A request's sampling parameters and where it ends, into its slot.
@@ -241,8 +229,16 @@ std::pair<int, int> DecodeBuffers::wait_for_counts(Stream& stream) const {
 StepResult DecodeBuffers::result(int num_rows, int num_logit_rows) const {
   const Candidates candidates = {candidate_ids_.host, candidate_confidence_.host,
                                  candidate_logprob_.host, nullptr, candidate_committed_.host};
-  return {candidate_slots_.host, candidate_offsets_.host, candidates, block_start_.host,
-          num_fresh_.host,       num_masked_.host,        num_rows,   num_logit_rows};
+  // On the CPU the rows are still there, also where a simulation stands for unmask.
+  const bool is_cpu = results_.device() == Device::cpu;
+  return {is_cpu ? rows_.logit_slots : candidate_slots_.host,
+          is_cpu ? rows_.logit_offsets : candidate_offsets_.host,
+          candidates,
+          block_start_.host,
+          num_fresh_.host,
+          num_masked_.host,
+          num_rows,
+          num_logit_rows};
 }
 
 void DecodeBuffers::write_rows(const HostRows& rows) {

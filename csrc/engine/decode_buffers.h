@@ -120,10 +120,7 @@ class DecodeBuffers {
   Buffer<int32_t> window_tokens_, denoise_step_;
   Buffer<uint8_t> window_status_, ended_;
   Buffer<int32_t> token_ids_, positions_, kv_limits_, kv_slots_, cu_seqlens_q_, seq_page_table_,
-      logit_rows_;
-  // CUDA only; on the CPU these are the candidates' own, since the host has looked at them before the
-  // next step's rows are made.
-  Buffer<int32_t> logit_slots_, logit_offsets_;
+      logit_rows_, logit_slots_, logit_offsets_;
   Buffer<float> candidate_entropy_;
 
   DecodeState state_{};

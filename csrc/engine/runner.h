@@ -102,7 +102,7 @@ class Runner {
   ThreadPool threads_;
   Stream stream_;
   Stream copies_;  // beside it: the next plan while a step runs, its results while rows are made
-  StreamEvent plan_used_, plan_copied_, step_done_, results_copied_;
+  StreamEvent plan_used_, plan_copied_, results_copied_;
   std::array<StreamTimer, 3> timers_;  // of the steps in turn
   Execution execution_;
   Activations activations_;
