@@ -194,7 +194,7 @@ struct Consumer {
     // The team that has not the partial tile passes as many barriers as the one that has: the race
     // checker takes a warpgroup that passed fewer for one that has not met the other since.
     if (kTeams > 1 && held_tile + 1 != end_tile && last_limit < end_tile * kTileKeys) {
-      meet_warpgroup();
+      meet_team(threadIdx.x < kTeamWarps * 32);
     }
     end_piece<kRowWarps>(state, done, rows, piece, queries);
   }

@@ -61,14 +61,11 @@ struct Output {
   }
 
  private:
-  // Two barriers of teams by name: the race checker does not follow one whose number is computed.
   __device__ __forceinline__ void meet_copies(const PieceOutput& piece) const {
     if (!piece.two_heads) {
-      ptx::named_barrier(kConsumerBarrier, kConsumerWarps * 32);
-    } else if (warp < kTeamWarps) {
-      ptx::named_barrier(kWarpgroupBarrier, kTeamWarps * 32);
+      meet();
     } else {
-      ptx::named_barrier(kWarpgroupBarrier + 1, kTeamWarps * 32);
+      meet_team(warp < kTeamWarps);
     }
   }
 

@@ -88,6 +88,16 @@ struct Ring {
   __device__ uint32_t v_released(int slot) const { return barriers + (3 * kMaxSlots + slot) * 8; }
 };
 
+// By a team, which is a warpgroup. Two barriers by name: the race checker does not follow one whose
+// number is computed.
+__device__ __forceinline__ void meet_team(bool is_first) {
+  if (is_first) {
+    ptx::named_barrier(kWarpgroupBarrier, kTeamWarps * 32);
+  } else {
+    ptx::named_barrier(kWarpgroupBarrier + 1, kTeamWarps * 32);
+  }
+}
+
 // Shares, items and limits are read past the L1, which may hold those of another step.
 template <class T>
 __device__ __forceinline__ T load_past_l1(const T* from) {

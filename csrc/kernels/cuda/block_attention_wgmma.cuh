@@ -40,15 +40,6 @@ __device__ __forceinline__ void issue_values(WarpState<kHeadDim>& state,
   wgmma_commit();
 }
 
-// Two barriers by name: the race checker does not follow one whose number is computed.
-__device__ __forceinline__ void meet_warpgroup() {
-  if (threadIdx.x < 128) {
-    ptx::named_barrier(kWarpgroupBarrier, 128);
-  } else {
-    ptx::named_barrier(kWarpgroupBarrier + 1, 128);
-  }
-}
-
 // Replaces the rows of V from `keys_left` on, which may hold anything, by zeros: a product with a
 // zero probability would let NaN through. Called by a whole warpgroup; both may do it to one slot.
 template <int kHeadDim>
@@ -62,7 +53,7 @@ __device__ __forceinline__ void clear_values(uint32_t v, int keys_left) {
                  : "memory");
   }
   ptx::fence_proxy_async();
-  meet_warpgroup();
+  meet_team(threadIdx.x < kTeamWarps * 32);
 }
 
 }  // namespace optimus::cuda::attention
