@@ -11,9 +11,10 @@
 // in the c-th equal interval of the line. A *piece* is the part of one (item, head) that lies in one
 // share: a share holds at most one piece that began in an earlier share (partial slot 0) and one that
 // goes on into a later share (partial slot 1); all pieces in between are whole and go straight to
-// the output, those of up to 64 packed rows two heads at a time where they lie side by side. A
-// prompt's rows see few keys or many: its pairs of item and head are dealt to the shares whole, from
-// the longest to the shortest, where that leaves them about equal.
+// the output, those of up to 64 packed rows two heads at a time where they lie side by side. What
+// cuts cost is mostly code that merges, fetched anew in every layer: so where dealing whole pairs to
+// the shares, from the longest to the shortest, leaves them about equal, pairs are not cut. That is
+// most steps of requests of similar length, and prompts, whose rows see few keys or many.
 #pragma once
 
 #include <cuda_runtime_api.h>

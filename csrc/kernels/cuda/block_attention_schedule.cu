@@ -91,19 +91,21 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
 // its rows), and the ends of a share, where pairs are cut (writing sums, waiting, merging). In
 // units of about 60 cycles, fitted to the times of CTAs in steps of many kinds. An int holds the
 // line as long as pairs times tiles stay below 45 million: 2,048 pairs of 1.4 million keys.
+// `cutting` is what all that adds to a layer of a whole step, where kernels in between have displaced
+// the code that merges: fitted to the times of such steps, cut and dealt.
 struct Cost {
-  int tile, piece, ends;
+  int tile, piece, ends, cutting;
 };
 __device__ Cost cost_of(int kind, bool memory_bound) {
   switch (kind) {
     case 0:
-      return {memory_bound ? 24 : 15, memory_bound ? 35 : 55, 50};
+      return {memory_bound ? 24 : 15, memory_bound ? 35 : 55, 50, 100};
     case 1:
-      return {memory_bound ? 25 : 15, memory_bound ? 45 : 65, 60};
+      return {memory_bound ? 25 : 15, memory_bound ? 45 : 65, 60, 250};
     case 2:
-      return {memory_bound ? 31 : 18, memory_bound ? 40 : 72, 140};
+      return {memory_bound ? 31 : 18, memory_bound ? 40 : 72, 140, 390};
     default:
-      return {memory_bound ? 28 : 25, memory_bound ? 80 : 62, 280};
+      return {memory_bound ? 28 : 25, memory_bound ? 80 : 62, 280, 360};
   }
 }
 // A tile of head_dim 128 at the bandwidth of the memory, when every SM reads.
@@ -269,12 +271,32 @@ __device__ void write_share(const ScheduleArgs& args, const Scratch& scratch, co
 }
 
 // When all pairs cost the same (one request, or requests of the same length), shares of whole pairs,
-// or pairs in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
+// or pairs in equal parts, need fewer pieces; taken when that occupies most SMs.
 struct Even {
   int pairs = 0;  // per share; or
   int parts = 0;  // per pair
   __device__ bool used() const { return pairs > 0 || parts > 0; }
 };
+
+// How many parts, by the times of whole steps, where every layer fetches the code anew: the more SMs
+// do, the longer each waits.
+__device__ int choose_parts(const Item& item, int num_pairs, int num_shares) {
+  const int kind = kind_of(item.packed_count), tiles = item.num_tiles;
+  const int most = num_shares / num_pairs;
+  int parts = most;
+  if (kind < 2 && most > 3) {
+    // Three quarters of the SMs; and merging loads four parts at once.
+    const int some = num_shares * 3 / 4 / num_pairs, fours = some > 4 ? some / 4 * 4 : some;
+    if (tiles <= 8 * fours) parts = fours;
+  }
+  // Few tiles: whole pairs are read nearly as fast, with nothing to merge.
+  const bool is_short = tiles < 8 || (most <= 3 && num_pairs * tiles <= 8 * num_shares);
+  if (kind < 3 && is_short) return 1;
+  // A part of one tile costs more to merge than it saves, as does one that makes none shorter.
+  parts = max(1, min(parts, tiles / 2));
+  const int longest = (tiles + parts - 1) / parts;
+  return (tiles + longest - 1) / longest;
+}
 
 __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
   Even even;
@@ -283,16 +305,8 @@ __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
   if (num_pairs > num_shares) {
     int pairs = (num_pairs + num_shares - 1) / num_shares;
     if (num_pairs * 10 >= pairs * num_shares * 9) even.pairs = pairs;
-  } else if (num_shares / num_pairs * num_pairs * 10 >= num_shares * 9) {
-    const Item& item = line.items[0];
-    // A part of one tile costs more to merge than it saves, and an SM that the next kernel could use.
-    // Few tiles: whole pairs on half of the SMs are read nearly as fast, with nothing to merge; else
-    // parts of some tiles each.
-    const bool is_short =
-        kind_of(item.packed_count) < 3 && num_pairs * item.num_tiles <= 8 * num_shares;
-    const int most = num_shares / num_pairs;
-    const int parts = !is_short ? most : most <= 3 ? 1 : min(most, item.num_tiles / 4);
-    even.parts = max(1, min(parts, item.num_tiles / 2));
+  } else if (num_shares / num_pairs * num_pairs * 10 >= num_shares * 7) {
+    even.parts = choose_parts(line.items[0], num_pairs, num_shares);
   }
   return even;
 }
@@ -320,8 +334,9 @@ __device__ int dealt_pair(int round, int c, int num_shares) {
   return round * num_shares + (round % 2 == 0 ? c : num_shares - 1 - c);
 }
 
-// Whether dealing whole pairs leaves no share much above `part`, the line in equal parts. Then the
-// items in the workspace are sorted, and scratch.seqs has their places on the line.
+// Whether dealing whole pairs leaves no share so far above `part`, the line in equal parts, that
+// cutting would be worth its cost. Then the items in the workspace are sorted, and scratch.seqs has
+// their places on the line.
 __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, int part) {
   int *costs_on_line = scratch.row_begin, *sorted = scratch.packed_rows;
   const int tid = threadIdx.x, num_pairs = num_items * args.num_kv_heads;
@@ -347,9 +362,12 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, 
     atomicMax(&scratch.largest_dealt, total);
   }
   __syncthreads();
-  // Cutting adds a piece to a share, and its ends.
-  const Cost cost = cost_of(3, true);
-  if (scratch.largest_dealt > part + cost.piece + cost.ends) return false;
+  // Of several kinds, the one whose cuts cost most. Fewer pairs than SMs: those that read have more of
+  // the memory's bandwidth.
+  constexpr int kFaster = 80;
+  const int cutting = cost_of(31 - __clz(scratch.kinds), true).cutting;
+  const int worth = num_pairs <= args.ws.num_shares ? cutting + kFaster : cutting;
+  if (scratch.largest_dealt > part + worth) return false;
   if (tid < num_items) args.ws.items[tid] = scratch.items[scratch.seqs[tid]];
   return true;
 }
@@ -408,8 +426,8 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   const Even even = equal ? cut_evenly(line, args.num_kv_heads, args.ws.num_shares) : Even{};
   int used = max(1, min(args.ws.num_shares, line.length / kMinShareCost));
   Cut cut = {line.length / used, line.length % used};
-  const bool tall = scratch.kinds == 1u << 3 && line.num_items <= kCachedItems;
-  const bool dealt = tall && !equal && deal(args, scratch, line.num_items, cut.least);
+  const bool dealt = !even.used() && line.num_items <= kCachedItems &&
+                     deal(args, scratch, line.num_items, cut.least);
   for (int c = threadIdx.x; c < args.ws.num_shares; c += kThreads) {
     if (even.used()) {
       write_even_share(args, line, even, c);

@@ -67,7 +67,7 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnLongSequences) {
 // Requests of one length: heads in equal parts, or several whole heads per share.
 TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnEvenSteps) {
   Rng rng(311);
-  for (int num_seqs : {1, 2, 16, 33}) {
+  for (int num_seqs : {1, 2, 4, 16, 33}) {
     for (int rows : {1, 5, 9, 40}) {
       for (int last : {50, 64 + rows, 700}) {
         Limits limits(num_seqs, staircase(rows, 32, last));
@@ -79,8 +79,8 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnEvenSteps) {
   check_step(rng, {8, 2, 128, 64}, Limits(1, std::vector<int>(32, 4100)), pool);
 }
 
-// Many pairs to a share: whole pieces of two heads, of each kind, before, behind and between others that
-// are cut or are alone.
+// Many pairs to a share: whole pieces of two heads, of each kind, before, behind and between others
+// that are cut or are alone. One request is so long that pairs are not dealt.
 TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnTwoHeads) {
   Rng rng(313);
   const int of_all_kinds[] = {1, 4, 5, 8, 9, 16, 20};
@@ -91,11 +91,30 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnTwoHeads) {
         const int count = rows > 0 ? rows : of_all_kinds[random_int(rng, 0, 6)];
         seq = staircase(count, 4, random_int(rng, count, 450));
       }
+      limits[random_int(rng, 0, 219)] = staircase(rows > 0 ? rows : 12, 4, 6000);
       check_step(rng, {12, 3, head_dim, 64}, limits, pool);
       if (HasFatalFailure()) return;
     }
   }
   check_step(rng, {32, 8, 128, 64}, Limits(99, staircase(16, 4, 470)), pool);
+}
+
+// Requests of similar length, of one kind or of all: pairs are dealt whole, fewer than there are shares
+// or in several rounds.
+TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnSimilarLengths) {
+  Rng rng(314);
+  for (int num_seqs : {9, 14, 40}) {
+    for (int rows : {3, 8, 16, 0}) {
+      Limits limits(num_seqs);
+      for (auto& seq : limits) {
+        const int count = rows > 0 ? rows : 1 << random_int(rng, 0, 5);
+        seq = staircase(count, 4, random_int(rng, 600, 800));
+      }
+      check_step(rng, {32, 8, 64, 64}, limits, pool);
+      if (HasFatalFailure()) return;
+    }
+  }
+  check_step(rng, {8, 2, 128, 32}, Limits(50, staircase(9, 4, 500)), pool);
 }
 
 // Shares of many tiles: the ring of slots goes round several times, within and across pieces.
