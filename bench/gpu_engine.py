@@ -188,8 +188,9 @@ def throughput(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> No
 def one_run(llm: optimus.LLM, tasks: list[Task]) -> dict[str, Any]:
     """All tasks at once, after one short request. forward_ms: of a step on the device; gap_ms: the
     rest of the run, by steps, tokenising and drawing up outputs included; idle_us: percentiles of
-    what lies on the device between two forwards, copies and making rows included; host_p50_ms:
-    medians of the host's parts of a step; full_*: steps with every slot taken."""
+    what lies on the device between two forwards, copies and making rows included; rows_us: of that,
+    until the rows are made; host_p50_ms: medians of the host's parts of a step; full_*: steps with
+    every slot taken."""
     generate_answers(llm, tasks[:1], GREEDY)
     totals = StepTotals(llm.options.max_num_seqs)
     llm.on_step = totals.add
@@ -210,9 +211,12 @@ def one_run(llm: optimus.LLM, tasks: list[Task]) -> dict[str, Any]:
         "ms_per_step": seconds * 1e3 / totals.num_steps,
         "forward_ms": totals.forward_ms / totals.num_steps,
         "gap_ms": (seconds * 1e3 - totals.forward_ms) / totals.num_steps,
-        "idle_us": {
-            q: percentile([record.idle_ms * 1e3 for record in totals.records], q)
-            for q in (10, 50, 90, 99)
+        **{
+            f"{part}_us": {
+                q: percentile([getattr(record, f"{part}_ms") * 1e3 for record in totals.records], q)
+                for q in (10, 50, 90, 99)
+            }
+            for part in ("idle", "rows")
         },
         "host_p50_ms": {
             part: percentile([getattr(record, f"{part}_ms") for record in totals.records], 50)

@@ -193,6 +193,7 @@ void bind_outputs(py::module_& m) {
       .def_property_readonly("wait_ms", [](const StepRecord& r) { return r.host.wait_ms; })
       .def_property_readonly("apply_ms", [](const StepRecord& r) { return r.host.apply_ms; })
       .def_property_readonly("idle_ms", [](const StepRecord& r) { return r.host.idle_ms; })
+      .def_property_readonly("rows_ms", [](const StepRecord& r) { return r.host.rows_ms; })
       .def_readonly("meets_target", &StepRecord::meets_target)
       .def_readonly("is_ahead", &StepRecord::is_ahead)
       .def_readonly("reason", &StepRecord::reason)

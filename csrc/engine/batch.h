@@ -103,9 +103,9 @@ struct StepPlan {
 
 // What the host did for a step; launching includes the step itself where there is no device. And what
 // lay on the device between the step before and this one, from forward to forward: copies, making
-// rows, and waiting for the host. 0 = nothing came before.
+// rows, and waiting for the host; of that, until the rows were made. 0 = nothing came before.
 struct HostTimes {
-  double plan_ms = 0, launch_ms = 0, wait_ms = 0, apply_ms = 0, idle_ms = 0;
+  double plan_ms = 0, launch_ms = 0, wait_ms = 0, apply_ms = 0, idle_ms = 0, rows_ms = 0;
 };
 
 // What one step did, and why.

@@ -87,6 +87,7 @@ void Engine::finish_step() {
   host_[0].wait_ms = ms_between(begin, done);
   host_[0].apply_ms = ms_between(done, now_s());
   host_[0].idle_ms = runner_.idle_ms();
+  host_[0].rows_ms = runner_.rows_ms();
   core_.note_host(host_[0]);
   host_[0] = host_[1];
   --num_started_;

@@ -81,7 +81,7 @@ const StepPlan& EngineCore::plan(double now_s) {
 
 void EngineCore::note_host(const HostTimes& host) {
   record_.host = host;
-  if (!follows_) record_.host.idle_ms = 0;
+  if (!follows_) record_.host.idle_ms = record_.host.rows_ms = 0;
 }
 
 bool EngineCore::is_void() const {

@@ -71,9 +71,10 @@ Runner::Runner(const Model& model, const EngineConfig& config)
       threads_(model.device() == Device::cpu ? config.num_threads : 1),
       stream_(model.device()),
       copies_(model.device()),
-      plan_used_(model.device()),
       plan_copied_(model.device()),
       results_copied_(model.device()),
+      rows_made_{StreamEvent(model.device(), true), StreamEvent(model.device(), true),
+                 StreamEvent(model.device(), true)},
       timers_{StreamTimer(model.device()), StreamTimer(model.device()),
               StreamTimer(model.device())},
       execution_{model.device(), &threads_, stream_.handle()},
@@ -172,7 +173,7 @@ void Runner::launch(const Shape& shape) {
 // same values are written again.
 void Runner::upload(const StepPlan& plan) {
   if (!plan.is_ahead || buffers_.num_openings() > 0) return buffers_.upload(stream_);
-  copies_.wait(plan_used_);
+  copies_.wait(rows_made_[turn_ % kTurns]);
   buffers_.upload(copies_);
   plan_copied_.record(copies_);
   stream_.wait(plan_copied_);
@@ -192,7 +193,7 @@ void Runner::start(const StepPlan& plan) {
   build_rows(buffers_.build_rows_params(model_.config().mask_token_id, padded ? shape.rows : 0,
                                         padded ? shape.seqs : 0),
              execution_);
-  if (config_.async_scheduling) plan_used_.record(stream_);
+  rows_made_[(plan.is_ahead ? turn_ + 1 : turn_) % kTurns].record(stream_);
   if (plan.is_ahead) {
     ahead_ = step;
     fetch(*step_);
@@ -206,7 +207,7 @@ void Runner::start(const StepPlan& plan) {
 
 // The step whose turn it is. On the CPU it is done then, and the next one's rows would overwrite it.
 void Runner::run(const Step& step) {
-  StreamTimer& timer = timers_[turn_ % timers_.size()];
+  StreamTimer& timer = timers_[turn_ % kTurns];
   timer.start(stream_);
   if (step.rows > 0) launch(shape_of(step.rows, step.seqs, step.logit_rows));
   timer.stop(stream_);

@@ -43,11 +43,15 @@ class Runner {
   StepResult finish();
   // After a failure: no step is in progress.
   void forget_steps() noexcept;
-  // Of the last finished step, on the device: its forward with unmask, and what lies between that and
-  // the one before.
+  // Of the last finished step, on the device: its forward with unmask, what lies between that and the
+  // one before, and of that, what lies before the step's rows are made.
   double forward_ms() const { return timer_of(turn_ - 1).ms(); }
   double idle_ms() const {
     return turn_ < 2 ? 0 : timer_of(turn_ - 1).ms_since(timer_of(turn_ - 2));
+  }
+  double rows_ms() const {
+    if (turn_ < 2) return 0;
+    return rows_made_[(turn_ - 1) % kTurns].ms_since(timer_of(turn_ - 2).stopped());
   }
 
   // Rows of one sequence over the given pages, none before the first one's position; returns fp32
@@ -86,7 +90,9 @@ class Runner {
     int seqs = 0;
     int rows = 0, logit_rows = 0;
   };
-  const StreamTimer& timer_of(uint64_t turn) const { return timers_[turn % timers_.size()]; }
+  // The step ahead, the one in progress and the one before, whose times are asked for.
+  static constexpr int kTurns = 3;
+  const StreamTimer& timer_of(uint64_t turn) const { return timers_[turn % kTurns]; }
   void upload(const StepPlan& plan);
   void run(const Step& step);
   void fetch(const Step& step);
@@ -102,8 +108,9 @@ class Runner {
   ThreadPool threads_;
   Stream stream_;
   Stream copies_;  // beside it: the next plan while a step runs, its results while rows are made
-  StreamEvent plan_used_, plan_copied_, results_copied_;
-  std::array<StreamTimer, 3> timers_;  // of the steps in turn
+  StreamEvent plan_copied_, results_copied_;
+  std::array<StreamEvent, kTurns> rows_made_;  // of the steps in turn; then the plan has been used
+  std::array<StreamTimer, kTurns> timers_;     // of the steps in turn
   Execution execution_;
   Activations activations_;
   DecodeBuffers buffers_;

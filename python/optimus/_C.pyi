@@ -202,6 +202,7 @@ class StepRecord:
     wait_ms: float
     apply_ms: float
     idle_ms: float  # on the device, between the forward before and this one; 0 = none before
+    rows_ms: float  # of idle_ms: until the rows were made
     meets_target: bool
     is_ahead: bool  # planned before the results of the step before were known
     reason: str

@@ -18,7 +18,7 @@ _FIELDS = (
     "step", "start_s", "rows", "prefill_rows", "refresh_rows", "logit_rows", "num_seqs",
     "num_decoding", "num_waiting", "kv_tokens", "chunk_length", "refresh", "chunk_lengths",
     "commits", "expected_commits", "predicted_ms", "forward_ms", "step_ms", "plan_ms", "launch_ms",
-    "wait_ms", "apply_ms", "idle_ms", "meets_target", "is_ahead", "reason",
+    "wait_ms", "apply_ms", "idle_ms", "rows_ms", "meets_target", "is_ahead", "reason",
 )  # fmt: skip
 _ARM_FIELDS = ("chunk_length", "refresh", "commits", "rows", "ms", "tpot_ms", "score", "verdict")
 # A counter track of the trace: its name -> the fields that it shows.

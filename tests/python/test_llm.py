@@ -436,6 +436,7 @@ def test_step_records_explain_the_choice(llm: LLM) -> None:
         assert record.launch_ms >= record.forward_ms and record.plan_ms > 0 and record.apply_ms > 0
         host_ms = record.plan_ms + record.launch_ms + record.wait_ms
         assert host_ms <= record.step_ms + 1e-6
+        assert 0 <= record.rows_ms <= record.idle_ms
         verdicts = [(arm.chunk_length, arm.verdict) for arm in record.arms]
         assert (record.chunk_length, "chosen") in verdicts
         assert {c for c, _ in verdicts} == {2, 4, 8}
