@@ -7,7 +7,8 @@ accuracy: the demo model's answers to held-out prompts in each mode, on this dev
 steps: time of a step of the grown model, its rows in sequences of 8 that read 1,024 positions each,
     against its matrix products alone in one CUDA graph plus the KV bytes at the measured copy
     bandwidth. Either is timed after as much of the same, for the clock falls while the GPU works,
-    and they take turns: medians of the rounds.
+    and they take turns: medians of the rounds. `unequal`: steps of sequences that read from 20%
+    fewer to 20% more.
 throughput: offline, of the grown model, by mode and concurrency, with the accuracy beside it.
 kernels: where a step's time goes, from profiler traces (gpu_trace.py); on a GPU alone, and after
     all others: once a profiler was attached, launches stay slower.
@@ -49,6 +50,7 @@ THROUGHPUT_MODES = (
 )  # fmt: skip
 STEP_ROWS = (1, 32, 64, 128, 256, 512)
 ROWS_PER_SEQ, CONTEXT = 8, 1024
+UNEQUAL_SEQS, SPREAD = (4, 14, 32, 64), 0.2
 STEP_ROUNDS, STEP_SECONDS = 3, 0.2
 GREEDY = optimus.SamplingParams(temperature=0.0, max_tokens=256)
 
@@ -131,33 +133,45 @@ def steps(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
     llm = engine_of_steps(grown)
     result: dict[str, Any] = {
         "copy_gb_s": bandwidth, "context": CONTEXT, "rows_per_seq": ROWS_PER_SEQ,
-        "memory": llm.memory, "graphs": llm.engine.graphs, "rows": [],
+        "memory": llm.memory, "graphs": llm.engine.graphs, "rows": [], "unequal": [],
     }  # fmt: skip
-    for rows in STEP_ROWS:
-        num_seqs = max(1, rows // ROWS_PER_SEQ)
-        short_ms = llm.engine.time_forward(rows, num_seqs, 32, args.repeats)
-        kv_bytes = num_seqs * CONTEXT * token_bytes
-        kv_ms = kv_bytes / bandwidth / 1e6 if bandwidth else None
-        rounds: list[tuple[float, float]] = []
-        for _ in range(STEP_ROUNDS):
-            repeats = max(args.repeats, round(STEP_SECONDS * 1e3 / short_ms))
-            llm.engine.time_forward(rows, num_seqs, CONTEXT, repeats)
-            step_ms = llm.engine.time_forward(rows, num_seqs, CONTEXT, repeats)
-            # On what the step left: products of random numbers take more time than of zeros.
-            llm.engine.time_gemms(rows, repeats)
-            rounds.append((step_ms, llm.engine.time_gemms(rows, repeats)))
-        over_floor = [step_ms / (gemm_ms + kv_ms) for step_ms, gemm_ms in rounds] if kv_ms else []
-        row = {
-            "rows": rows, "num_seqs": num_seqs, "step_ms_short": short_ms,
-            "step_ms": statistics.median(step_ms for step_ms, _ in rounds),
-            "gemm_ms": statistics.median(gemm_ms for _, gemm_ms in rounds),
-            "kv_bytes": kv_bytes, "kv_ms": kv_ms,
-            "over_floor": statistics.median(over_floor) if over_floor else None,
-            "over_floor_range": [min(over_floor), max(over_floor)] if over_floor else None,
-        }  # fmt: skip
-        result["rows"].append(row)
-        print(row, flush=True)
+    steps = [("rows", rows, [CONTEXT] * max(1, rows // ROWS_PER_SEQ)) for rows in STEP_ROWS]
+    for n in UNEQUAL_SEQS:
+        contexts = [round(CONTEXT * (1 + SPREAD * (2 * i / (n - 1) - 1))) for i in range(n)]
+        steps.append(("unequal", ROWS_PER_SEQ * n, contexts))
+    for table, rows, contexts in steps:
+        row = one_step(llm, rows, contexts, token_bytes, bandwidth, args.repeats)
+        result[table].append(row)
+        print(table, row, flush=True)
         write(result)
+
+
+def one_step(
+    llm: optimus.LLM, rows: int, contexts: list[int], token_bytes: int, bandwidth: float | None,
+    least_repeats: int,
+) -> dict[str, Any]:  # fmt: skip
+    """`bandwidth` in GB/s."""
+    num_seqs = len(contexts)
+    short_ms = llm.engine.time_forward(rows, [32] * num_seqs, least_repeats)
+    repeats = max(least_repeats, round(STEP_SECONDS * 1e3 / short_ms))
+    kv_bytes = sum(contexts) * token_bytes
+    kv_ms = kv_bytes / bandwidth / 1e6 if bandwidth else None
+    rounds: list[tuple[float, float]] = []
+    for _ in range(STEP_ROUNDS):
+        llm.engine.time_forward(rows, contexts, repeats)
+        step_ms = llm.engine.time_forward(rows, contexts, repeats)
+        # On what the step left: products of random numbers take more time than of zeros.
+        llm.engine.time_gemms(rows, repeats)
+        rounds.append((step_ms, llm.engine.time_gemms(rows, repeats)))
+    over_floor = [step_ms / (gemm_ms + kv_ms) for step_ms, gemm_ms in rounds] if kv_ms else []
+    return {
+        "rows": rows, "num_seqs": num_seqs, "step_ms_short": short_ms,
+        "step_ms": statistics.median(step_ms for step_ms, _ in rounds),
+        "gemm_ms": statistics.median(gemm_ms for _, gemm_ms in rounds),
+        "kv_bytes": kv_bytes, "kv_ms": kv_ms,
+        "over_floor": statistics.median(over_floor) if over_floor else None,
+        "over_floor_range": [min(over_floor), max(over_floor)] if over_floor else None,
+    }  # fmt: skip
 
 
 def throughput(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
@@ -233,7 +247,7 @@ def kernels(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
     llm = engine_of_steps(grown)
     tables: list[dict[str, Any]] = []
     for rows in STEP_ROWS:
-        shape = (rows, max(1, rows // ROWS_PER_SEQ), CONTEXT)
+        shape = (rows, [CONTEXT] * max(1, rows // ROWS_PER_SEQ))
         llm.engine.time_forward(*shape, 2)
         events = gpu_trace.record(llm.engine.time_forward, *shape, gpu_trace.REPEATS)
         table = {"rows": rows, **gpu_trace.kernel_table(events)}

@@ -140,8 +140,8 @@ void bind_engine(py::module_& m) {
             }
             return graphs;
           })
-      .def("time_forward", &Engine::time_forward, py::arg("rows"), py::arg("num_seqs"),
-           py::arg("context"), py::arg("repeats") = 3, py::call_guard<py::gil_scoped_release>())
+      .def("time_forward", &Engine::time_forward, py::arg("rows"), py::arg("contexts"),
+           py::arg("repeats") = 3, py::call_guard<py::gil_scoped_release>())
       .def("time_gemms", &Engine::time_gemms, py::arg("rows"), py::arg("repeats") = 3,
            py::call_guard<py::gil_scoped_release>());
 }

@@ -140,31 +140,36 @@ class Engine::ProfilePages {
   PagePool& pool_;
 };
 
-double Engine::median_ms(int rows, int num_seqs, int context, bool with_logits, int repeats,
+double Engine::median_ms(int rows, const std::vector<int>& contexts, bool with_logits, int repeats,
                          const std::vector<int32_t>& pages) {
   std::vector<double> times;
   for (int i = 0; i < repeats; ++i) {
-    times.push_back(runner_.time_forward(rows, num_seqs, context, with_logits, pages));
+    times.push_back(runner_.time_forward(rows, contexts, with_logits, pages));
   }
   std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
   return times[repeats / 2];
 }
 
-double Engine::time_forward(int rows, int num_seqs, int context, int repeats) {
+double Engine::time_forward(int rows, const std::vector<int>& contexts, int repeats) {
   core_.check_idle("time_forward");
   const EngineConfig& c = config();
+  const int num_seqs = static_cast<int>(contexts.size());
   OPTIMUS_CHECK(rows >= 1 && rows <= c.max_num_batched_rows && num_seqs >= 1 &&
                     num_seqs <= std::min(rows, c.max_num_seqs) && repeats >= 1,
                 "[time_forward] rows must be in 1..", c.max_num_batched_rows,
-                ", num_seqs in 1..min(rows, ", c.max_num_seqs, "), repeats positive, got ", rows,
-                ", ", num_seqs, ", ", repeats);
-  const int64_t needed = int64_t(c.pages_for(context)) * num_seqs;
-  OPTIMUS_CHECK(context >= 1 && context <= c.max_model_len && needed <= c.num_pages,
-                "[time_forward] context must be in 1..", c.max_model_len, " and ", num_seqs,
-                " times its pages in the kv cache of ", c.num_pages, ", got ", context);
+                ", contexts 1 to min(rows, ", c.max_num_seqs, "), repeats positive, got ", rows,
+                " rows, ", num_seqs, " contexts, ", repeats, " repeats");
+  int64_t needed = 0;
+  for (int context : contexts) {
+    OPTIMUS_CHECK(context >= 1 && context <= c.max_model_len,
+                  "[time_forward] contexts must be in 1..", c.max_model_len, ", got ", context);
+    needed += c.pages_for(context);
+  }
+  OPTIMUS_CHECK(needed <= c.num_pages, "[time_forward] the kv cache has ", c.num_pages,
+                " pages, the contexts need ", needed);
   ProfilePages pages(core_.scheduler(),
                      std::min(c.num_pages, std::max(static_cast<int>(needed), c.pages_for(rows))));
-  return median_ms(rows, num_seqs, context, /*with_logits=*/true, repeats, pages.ids);
+  return median_ms(rows, contexts, /*with_logits=*/true, repeats, pages.ids);
 }
 
 double Engine::time_gemms(int rows, int repeats) {
@@ -186,7 +191,7 @@ LatencyProfile Engine::profile(int repeats) {
   ProfilePages pages(core_.scheduler(), num_pages);
 
   const auto median = [&](int rows, int num_seqs, int context, bool with_logits) {
-    return median_ms(rows, num_seqs, context, with_logits, repeats, pages.ids);
+    return median_ms(rows, std::vector<int>(num_seqs, context), with_logits, repeats, pages.ids);
   };
   const auto seqs_of = [&](int rows) {
     return std::clamp(rows / std::max(1, c.grid() / 4), 1, c.max_num_seqs);

@@ -35,9 +35,9 @@ class Engine {
 
   // Measures forwards over row counts and contexts and installs the curves. Only while idle.
   LatencyProfile profile(int repeats);
-  // Median milliseconds of a step of `rows` mask rows in `num_seqs` sequences that read `context`
-  // positions each. Only while idle.
-  double time_forward(int rows, int num_seqs, int context, int repeats);
+  // Median milliseconds of a step of `rows` mask rows in as many sequences as `contexts`, which read
+  // so many positions. Only while idle.
+  double time_forward(int rows, const std::vector<int>& contexts, int repeats);
   // The matrix products alone of a step of `rows` rows. Only while idle.
   double time_gemms(int rows, int repeats);
   void set_profile(LatencyProfile profile);
@@ -59,7 +59,7 @@ class Engine {
   template <class Work>
   auto guarded(const Work& work);
   std::vector<int> profile_rows() const;
-  double median_ms(int rows, int num_seqs, int context, bool with_logits, int repeats,
+  double median_ms(int rows, const std::vector<int>& contexts, bool with_logits, int repeats,
                    const std::vector<int32_t>& pages);
 
   std::shared_ptr<const Model> model_;

@@ -60,10 +60,10 @@ class Runner {
                              const std::vector<int32_t>& positions,
                              const std::vector<int32_t>& kv_limits,
                              const std::vector<int32_t>& page_ids);
-  // Milliseconds of one step's forward and unmask: `num_rows` rows in `num_seqs` sequences (as even
-  // as it goes) that read `context` positions each, in pages of their own as far as those reach.
+  // Milliseconds of one step's forward and unmask: `num_rows` rows in as many sequences as `contexts`
+  // (as even as it goes) that read so many positions, in pages of their own as far as those reach.
   // `with_logits`: every row is a mask row; none otherwise.
-  double time_forward(int num_rows, int num_seqs, int context, bool with_logits,
+  double time_forward(int num_rows, const std::vector<int>& contexts, bool with_logits,
                       const std::vector<int32_t>& page_ids);
 
   // The matrix products alone of a step padded to `rows` rows; on CUDA in one graph.

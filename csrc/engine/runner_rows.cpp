@@ -84,12 +84,11 @@ std::vector<float> Runner::forward(const std::vector<int32_t>& token_ids,
   return logits;
 }
 
-double Runner::time_forward(int num_rows, int num_seqs, int context, bool with_logits,
+double Runner::time_forward(int num_rows, const std::vector<int>& contexts, bool with_logits,
                             const std::vector<int32_t>& page_ids) {
   const int page_size = config_.page_size, stride = buffers_.state().page_table_stride;
+  const int num_seqs = static_cast<int>(contexts.size());
   const int most_rows = (num_rows + num_seqs - 1) / num_seqs;  // of a sequence
-  const int num_pages = std::min<int>(
-      {(std::max(context, most_rows) + page_size - 1) / page_size, stride, int(page_ids.size())});
   const Shape shape = shape_of(num_rows, num_seqs, with_logits ? num_rows : 0);
   HostRows step;
   const auto add_row = [&step](int token, int position, int kv_limit, int kv_slot, int logit_row) {
@@ -99,10 +98,12 @@ double Runner::time_forward(int num_rows, int num_seqs, int context, bool with_l
     step.kv_slots.push_back(kv_slot);
     step.logit_rows.push_back(logit_row);
   };
+  size_t first_page = 0;  // of the sequence
   for (int s = 0; s < num_seqs; ++s) {
-    const auto page_of = [&](int i) {
-      return page_ids[(size_t(s) * num_pages + i) % page_ids.size()];
-    };
+    const int context = contexts[s];
+    const int num_pages = std::min<int>(
+        {(std::max(context, most_rows) + page_size - 1) / page_size, stride, int(page_ids.size())});
+    const auto page_of = [&](int i) { return page_ids[(first_page + i) % page_ids.size()]; };
     const int begin = static_cast<int>(int64_t(num_rows) * s / num_seqs);
     const int end = static_cast<int>(int64_t(num_rows) * (s + 1) / num_seqs);
     step.cu_seqlens_q.push_back(begin);
@@ -113,6 +114,7 @@ double Runner::time_forward(int num_rows, int num_seqs, int context, bool with_l
               page_of(position / page_size) * page_size + position % page_size, i);
     }
     for (int i = 0; i < stride; ++i) step.page_table.push_back(i < num_pages ? page_of(i) : 0);
+    first_page += num_pages;
   }
   for (int i = num_rows; i < shape.rows; ++i) add_row(0, 0, 1, -1, 0);
   for (int s = num_seqs; s <= shape.seqs; ++s) step.cu_seqlens_q.push_back(num_rows);

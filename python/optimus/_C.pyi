@@ -304,9 +304,9 @@ class Engine:
     def graphs(self) -> list[tuple[int, float, int]]:
         """Captured CUDA graphs: rows, milliseconds to capture, bytes of GPU memory."""
 
-    def time_forward(self, rows: int, num_seqs: int, context: int, repeats: int = 3) -> float:
-        """Median milliseconds of a step of mask rows in sequences that read `context` positions
-        each, in pages of their own. Only while idle."""
+    def time_forward(self, rows: int, contexts: list[int], repeats: int = 3) -> float:
+        """Median milliseconds of a step of mask rows in as many sequences as `contexts`, which read
+        so many positions, in pages of their own. Only while idle."""
 
     def time_gemms(self, rows: int, repeats: int = 3) -> float:
         """Median milliseconds of the matrix products alone of such a step. Only while idle."""

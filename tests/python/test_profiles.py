@@ -196,3 +196,17 @@ def test_the_command(checkpoint: Path, cache: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "us/row" in shown and str(profile_file(key_of(llm))) in shown
     assert curves(LLM(checkpoint, **OPTIONS)) != report["profile"]  # measured anew
+
+
+def test_a_step_is_timed_over_any_contexts(checkpoint: Path) -> None:
+    engine = LLM(checkpoint, device="cpu", **OPTIONS).engine
+    assert engine.time_forward(8, [64, 1]) > 0
+    for rows, contexts, text in (
+        (33, [8], "rows must be in 1..32, .* got 33 rows, 1 contexts"),
+        (8, [], "got 8 rows, 0 contexts"),
+        (8, [1, 1, 1], "contexts 1 to min\\(rows, 2\\), .* got 8 rows, 3 contexts"),
+        (8, [8, 65], "contexts must be in 1..64, got 65"),
+        (8, [0], "contexts must be in 1..64, got 0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            engine.time_forward(rows, contexts)
