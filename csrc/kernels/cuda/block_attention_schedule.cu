@@ -291,9 +291,9 @@ __device__ int choose_parts(const Item& item, int num_pairs, int num_shares) {
   }
   // Few tiles: whole pairs are read nearly as fast, with nothing to merge.
   const bool is_short = tiles < 8 || (most <= 3 && num_pairs * tiles <= 8 * num_shares);
-  if (kind < 3 && is_short) return 1;
   // A part of one tile costs more to merge than it saves, as does one that makes none shorter.
-  parts = max(1, min(parts, tiles / 2));
+  parts = min(parts, tiles / 2);
+  if (parts <= 1 || (kind < 3 && is_short)) return 1;
   const int longest = (tiles + parts - 1) / parts;
   return (tiles + longest - 1) / longest;
 }
