@@ -28,6 +28,32 @@ def attention_table(report: Result) -> str:
     return "\n".join(lines)
 
 
+def peers_table(report: Result, peers: Result) -> str:
+    """block_attention beside the fastest other paged attention on the same machine, microseconds: a
+    layer, with its part of the schedule of a step of 36 layers, of which others' is not counted."""
+    ours = {
+        result["name"]: result["layer_us"] + result["schedule_us"] / 36
+        for result in report["results"]
+    }
+    ratios = {name: ours[name] / min(us.values()) for name, us in peers["results"].items()}
+    lines = [
+        "| keys | masks a request | 1 request | 8 | 32 | 128 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kv in (1024, 4096):
+        for c in (1, 4, 8, 16, 32):
+            cells = []
+            for batch in (1, 8, 32, 128):
+                name = f"kv {kv} c {c} b {batch}"
+                others = peers["results"][name]
+                best = min(others, key=others.__getitem__)
+                cells.append(f"{ours[name]:.1f} / {others[best]:.1f} {best}")
+            lines.append(f"| {kv} | {c} | {' | '.join(cells)} |")
+    low, high = min(ratios.values()), max(ratios.values())
+    lines += ["", f"All {len(ratios)} cells measured: {low:.2f} to {high:.2f} of the best other's."]
+    return "\n".join(lines)
+
+
 def unequal_table(report: Result) -> str:
     """Microseconds of block_attention over unequal requests, and equal ones of the same bytes."""
     by_name = {result["name"]: result for result in report["results"]}
@@ -66,9 +92,11 @@ def steps_table(report: Result) -> str:
         "| rows | step, ms | GEMMs alone, ms | reading KV, ms | step / (GEMMs + KV) |",
         "|---|---|---|---|---|",
     ]
-    for row in report["rows"]:
+    names = [(row, f"{row['rows']}") for row in report["rows"]]
+    names += [(row, f"{row['rows']} of {row['num_seqs']} unequal") for row in report["unequal"]]
+    for row, name in names:
         lines.append(
-            f"| {row['rows']} | {row['step_ms']:.2f} | {row['gemm_ms']:.2f} | {row['kv_ms']:.2f} "
+            f"| {name} | {row['step_ms']:.2f} | {row['gemm_ms']:.2f} | {row['kv_ms']:.2f} "
             f"| {row['over_floor']:.2f} |"
         )
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from controller_tables import capacity_table, loads_table, sweeps_table
 from gpu_tables import (
     attention_table,
     kernels_table,
+    peers_table,
     prompts_table,
     steps_table,
     throughput_table,
@@ -191,6 +192,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "controller-sweeps": controller_sweeps,
     "serving-capacity": serving_capacity,
     "gpu-attention": lambda: on_gpu("block_attention_h200.json", attention_table),
+    "gpu-peers": lambda: on_gpu(
+        "attention_peers_h200.json",
+        lambda peers: peers_table(read("block_attention_h200.json"), peers),
+    ),
     "gpu-unequal": lambda: on_gpu("block_attention_h200.json", unequal_table),
     "gpu-prompts": lambda: on_gpu("block_attention_h200.json", prompts_table),
     "gpu-kernels": lambda: on_gpu("kernels_cuda_h200.json", kernels_table),
