@@ -91,8 +91,8 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
 // its rows), and the ends of a share, where pairs are cut (writing sums, waiting, merging). In
 // units of about 60 cycles, fitted to the times of CTAs in steps of many kinds. An int holds the
 // line as long as pairs times tiles stay below 45 million: 2,048 pairs of 1.4 million keys.
-// `cutting` is what all that adds to a layer of a whole step, where kernels in between have displaced
-// the code that merges: fitted to the times of such steps, cut and dealt.
+// `cutting` is what all that adds to a layer of a whole step, where kernels in between have
+// displaced the code that merges: fitted to the times of such steps, cut and dealt.
 struct Cost {
   int tile, piece, ends, cutting;
 };
@@ -271,15 +271,15 @@ __device__ void write_share(const ScheduleArgs& args, const Scratch& scratch, co
 }
 
 // When all pairs cost the same (one request, or requests of the same length), shares of whole pairs,
-// or pairs in equal parts, need fewer pieces; taken when that occupies most SMs.
+// or pairs in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
 struct Even {
   int pairs = 0;  // per share; or
   int parts = 0;  // per pair
   __device__ bool used() const { return pairs > 0 || parts > 0; }
 };
 
-// How many parts, by the times of whole steps, where every layer fetches the code anew: the more SMs
-// do, the longer each waits.
+// How many parts, by the times of whole steps, where every layer fetches the code anew: the more
+// SMs do, the longer each waits.
 __device__ int choose_parts(const Item& item, int num_pairs, int num_shares) {
   const int kind = kind_of(item.packed_count), tiles = item.num_tiles;
   const int most = num_shares / num_pairs;
@@ -305,7 +305,7 @@ __device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
   if (num_pairs > num_shares) {
     int pairs = (num_pairs + num_shares - 1) / num_shares;
     if (num_pairs * 10 >= pairs * num_shares * 9) even.pairs = pairs;
-  } else if (num_shares / num_pairs * num_pairs * 10 >= num_shares * 7) {
+  } else if (num_shares / num_pairs * num_pairs * 10 >= num_shares * 9) {
     even.parts = choose_parts(line.items[0], num_pairs, num_shares);
   }
   return even;
@@ -362,8 +362,8 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, 
     atomicMax(&scratch.largest_dealt, total);
   }
   __syncthreads();
-  // Of several kinds, the one whose cuts cost most. Fewer pairs than SMs: those that read have more of
-  // the memory's bandwidth.
+  // Of several kinds, the one whose cuts cost most. Fewer pairs than SMs: those that read have more
+  // of the memory's bandwidth.
   constexpr int kFaster = 80;
   const int cutting = cost_of(31 - __clz(scratch.kinds), true).cutting;
   const int worth = num_pairs <= args.ws.num_shares ? cutting + kFaster : cutting;
