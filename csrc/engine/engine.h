@@ -35,8 +35,8 @@ class Engine {
 
   // Measures forwards over row counts and contexts and installs the curves. Only while idle.
   LatencyProfile profile(int repeats);
-  // Median milliseconds of a step of `rows` mask rows in as many sequences as `contexts`, which read
-  // so many positions. Only while idle.
+  // Median milliseconds of a step of `rows` mask rows in as many sequences as `contexts`, which
+  // read so many positions. Only while idle.
   double time_forward(int rows, const std::vector<int>& contexts, int repeats);
   // The matrix products alone of a step of `rows` rows. Only while idle.
   double time_gemms(int rows, int repeats);

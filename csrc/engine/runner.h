@@ -43,8 +43,8 @@ class Runner {
   StepResult finish();
   // After a failure: no step is in progress.
   void forget_steps() noexcept;
-  // Of the last finished step, on the device: its forward with unmask, what lies between that and the
-  // one before, and of that, what lies before the step's rows are made.
+  // Of the last finished step, on the device: its forward with unmask, what lies between that and
+  // the one before, and of that, what lies before the step's rows are made.
   double forward_ms() const { return timer_of(turn_ - 1).ms(); }
   double idle_ms() const {
     return turn_ < 2 ? 0 : timer_of(turn_ - 1).ms_since(timer_of(turn_ - 2));
@@ -60,8 +60,9 @@ class Runner {
                              const std::vector<int32_t>& positions,
                              const std::vector<int32_t>& kv_limits,
                              const std::vector<int32_t>& page_ids);
-  // Milliseconds of one step's forward and unmask: `num_rows` rows in as many sequences as `contexts`
-  // (as even as it goes) that read so many positions, in pages of their own as far as those reach.
+  // Milliseconds of one step's forward and unmask: `num_rows` rows in as many sequences as
+  // `contexts` (as even as it goes) that read so many positions, in pages of their own as far as
+  // those reach.
   // `with_logits`: every row is a mask row; none otherwise.
   double time_forward(int num_rows, const std::vector<int>& contexts, bool with_logits,
                       const std::vector<int32_t>& page_ids);

@@ -99,22 +99,21 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnTwoHeads) {
   check_step(rng, {32, 8, 128, 64}, Limits(99, staircase(16, 4, 470)), pool);
 }
 
-// Requests of similar length, of one kind or of all: pairs are dealt whole, fewer than there are shares
-// or in several rounds.
+// Requests of similar length, of one kind or of all: pairs are dealt whole, fewer than there are
+// shares or in several rounds.
 TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnSimilarLengths) {
   Rng rng(314);
-  for (int num_seqs : {9, 14, 40}) {
+  for (int num_seqs : {9, 14, 33}) {
     for (int rows : {3, 8, 16, 0}) {
       Limits limits(num_seqs);
       for (auto& seq : limits) {
         const int count = rows > 0 ? rows : 1 << random_int(rng, 0, 5);
-        seq = staircase(count, 4, random_int(rng, 600, 800));
+        seq = staircase(count, 4, random_int(rng, 700, rows == 3 ? 750 : 900));
       }
-      check_step(rng, {32, 8, 64, 64}, limits, pool);
+      check_step(rng, {32, 8, 64, num_seqs == 14 ? 16 : 64}, limits, pool);
       if (HasFatalFailure()) return;
     }
   }
-  check_step(rng, {8, 2, 128, 32}, Limits(50, staircase(9, 4, 500)), pool);
 }
 
 // Shares of many tiles: the ring of slots goes round several times, within and across pieces.
