@@ -135,11 +135,11 @@ def steps(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
         "copy_gb_s": bandwidth, "context": CONTEXT, "rows_per_seq": ROWS_PER_SEQ,
         "memory": llm.memory, "graphs": llm.engine.graphs, "rows": [], "unequal": [],
     }  # fmt: skip
-    steps = [("rows", rows, [CONTEXT] * max(1, rows // ROWS_PER_SEQ)) for rows in STEP_ROWS]
+    cases = [("rows", rows, [CONTEXT] * max(1, rows // ROWS_PER_SEQ)) for rows in STEP_ROWS]
     for n in UNEQUAL_SEQS:
         contexts = [round(CONTEXT * (1 + SPREAD * (2 * i / (n - 1) - 1))) for i in range(n)]
-        steps.append(("unequal", ROWS_PER_SEQ * n, contexts))
-    for table, rows, contexts in steps:
+        cases.append(("unequal", ROWS_PER_SEQ * n, contexts))
+    for table, rows, contexts in cases:
         row = one_step(llm, rows, contexts, token_bytes, bandwidth, args.repeats)
         result[table].append(row)
         print(table, row, flush=True)

@@ -35,7 +35,11 @@ def peers_table(report: Result, peers: Result) -> str:
         result["name"]: result["layer_us"] + result["schedule_us"] / 36
         for result in report["results"]
     }
-    ratios = {name: ours[name] / min(us.values()) for name, us in peers["results"].items()}
+    ratios = [
+        ours[name] / min(us.values())
+        for name, us in peers["results"].items()
+        if us and name in ours
+    ]
     lines = [
         "| keys | masks a request | 1 request | 8 | 32 | 128 |",
         "|---|---|---|---|---|---|",
@@ -45,11 +49,14 @@ def peers_table(report: Result, peers: Result) -> str:
             cells = []
             for batch in (1, 8, 32, 128):
                 name = f"kv {kv} c {c} b {batch}"
-                others = peers["results"][name]
+                others = peers["results"].get(name)
+                if not others or name not in ours:
+                    cells.append("")
+                    continue
                 best = min(others, key=others.__getitem__)
                 cells.append(f"{ours[name]:.1f} / {others[best]:.1f} {best}")
             lines.append(f"| {kv} | {c} | {' | '.join(cells)} |")
-    low, high = min(ratios.values()), max(ratios.values())
+    low, high = min(ratios), max(ratios)
     lines += ["", f"All {len(ratios)} cells measured: {low:.2f} to {high:.2f} of the best other's."]
     return "\n".join(lines)
 
