@@ -28,7 +28,7 @@ constexpr int kTileKeys = 64;
 constexpr int kMaxPackedRows = 128;
 
 // What code runs an item: 0 to 3, for one, two, four and eight warps side by side to hold its rows.
-inline __device__ int kind_of(int packed) {
+inline __host__ __device__ int kind_of(int packed) {
   return packed <= 16 ? 0 : packed <= 32 ? 1 : packed <= 64 ? 2 : 3;
 }
 

@@ -5,6 +5,7 @@
 #include <climits>
 
 #include "core/launch.cuh"
+#include "kernels/cuda/block_attention_cut.h"
 #include "kernels/cuda/ptx.cuh"
 
 namespace optimus::cuda::attention {
@@ -21,10 +22,6 @@ struct ScheduleArgs {
   Workspace ws;
 };
 
-struct PairCost {
-  int tile, piece;
-};
-
 struct Scratch {
   int warp_sums[32];
   int item_offsets[kThreads];  // of the current chunk of sequences
@@ -35,10 +32,9 @@ struct Scratch {
   Item items[kCachedItems];
   int least_cost, largest_cost;  // of a pair
   int largest_dealt;             // cost of a share
-  int unique_tiles;              // of a KV head: what all items of a sequence share, once
-  int arithmetic;                // of a KV head: the cost of all items, memory aside
-  PairCost costs[4];             // by kind
-  uint32_t kinds;                // of all sequences, a bit each
+  HeadLoad load;
+  PairCost costs[4];  // by kind
+  uint32_t kinds;     // of all sequences, a bit each
 };
 
 // Exclusive prefix sum over the CTA; `total` gets the sum. Two barriers.
@@ -62,16 +58,6 @@ __device__ int exclusive_scan(int value, int* warp_sums, int& total) {
   return inclusive - value + (warp == 0 ? 0 : before);
 }
 
-// Index of the last of `count` ascending offsets that is <= value; offsets[0] <= value.
-__device__ int last_not_above(const int* offsets, int count, int value) {
-  int low = 0, high = count;  // offsets[low] <= value < offsets[high]
-  while (high - low > 1) {
-    int middle = (low + high) / 2;
-    (offsets[middle] <= value ? low : high) = middle;
-  }
-  return low;
-}
-
 __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int seq_in_chunk,
                           int seq, int tile_in_seq) {
   Item item = {};
@@ -85,55 +71,6 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
   item.num_tiles = (item.last_limit + kTileKeys - 1) / kTileKeys;
   item.num_old_keys = args.positions == nullptr ? 0 : args.positions[item.row_begin];
   return item;
-}
-
-// What items cost, by kind_of(): a tile, a piece beside its tiles (loading Q, merging and writing
-// its rows), and the ends of a share, where pairs are cut (writing sums, waiting, merging). In
-// units of about 60 cycles, fitted to the times of CTAs in steps of many kinds. An int holds the
-// line as long as pairs times tiles stay below 45 million: 2,048 pairs of 1.4 million keys.
-// `cutting` is what all that adds to a layer of a whole step, where kernels in between have
-// displaced the code that merges: fitted to the times of such steps, cut and dealt.
-struct Cost {
-  int tile, piece, ends, cutting;
-};
-__device__ Cost cost_of(int kind, bool memory_bound) {
-  switch (kind) {
-    case 0:
-      return {memory_bound ? 24 : 15, memory_bound ? 35 : 55, 50, 100};
-    case 1:
-      return {memory_bound ? 25 : 15, memory_bound ? 45 : 65, 60, 250};
-    case 2:
-      return {memory_bound ? 31 : 18, memory_bound ? 40 : 72, 140, 390};
-    default:
-      return {memory_bound ? 28 : 25, memory_bound ? 80 : 62, 280, 360};
-  }
-}
-// A tile of head_dim 128 at the bandwidth of the memory, when every SM reads.
-constexpr int kMemoryTileCost = 27;
-// Shares are at least this long: about a small item's piece of three tiles. No share that a pair runs
-// through may be without a tile of it, for the merge takes a part from each: so not below any
-// tile's cost.
-constexpr int kMinShareCost = 103;
-
-__device__ int tile_cost(const Scratch& scratch, const Item& item) {
-  return scratch.costs[kind_of(item.packed_count)].tile;
-}
-__device__ int pair_cost(const Scratch& scratch, const Item& item) {
-  const PairCost& cost = scratch.costs[kind_of(item.packed_count)];
-  return cost.piece + cost.tile * item.num_tiles;
-}
-
-// For a step of several kinds. When the memory is the limit, tiles of all kinds take about as long,
-// for SMs read equally fast; and the more a kind loses at the ends of a share, the shorter its
-// shares. By one thread for each kind.
-__device__ void fit_costs(const ScheduleArgs& args, Scratch& scratch, int kind) {
-  const int memory = scratch.unique_tiles * (kMemoryTileCost * args.head_dim / 128);
-  const Cost cost = cost_of(kind, memory > scratch.arithmetic);
-  const int all = max(memory, scratch.arithmetic) * args.num_kv_heads;
-  const int share = max(all / args.ws.num_shares, 3 * cost.ends);
-  const float factor = static_cast<float>(share) / (share - cost.ends);
-  scratch.costs[kind] = {static_cast<int>(cost.tile * factor + 0.5f),
-                         static_cast<int>(cost.piece * factor + 0.5f)};
 }
 
 // The chunk's sequences by kind, in order otherwise. Ends with a barrier.
@@ -182,16 +119,16 @@ __device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool so
         item = make_item(args, scratch, seq_in_chunk,
                          sorted ? scratch.seqs[seq_in_chunk] : first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
-        cost = pair_cost(scratch, item) * args.num_kv_heads;
-        atomicMin(&scratch.least_cost, pair_cost(scratch, item));
-        atomicMax(&scratch.largest_cost, pair_cost(scratch, item));
+        cost = pair_cost(scratch.costs, item) * args.num_kv_heads;
+        atomicMin(&scratch.least_cost, pair_cost(scratch.costs, item));
+        atomicMax(&scratch.largest_cost, pair_cost(scratch.costs, item));
         const int seq_rows = scratch.packed_rows[seq_in_chunk];
         if (item.packed_begin + item.packed_count == seq_rows) {
           atomicOr(&scratch.kinds, 1u << kind_of(seq_rows));
-          atomicAdd(&scratch.unique_tiles, item.num_tiles);
+          atomicAdd(&scratch.load.unique_tiles, item.num_tiles);
         }
         const Cost arithmetic = cost_of(kind_of(item.packed_count), false);
-        atomicAdd(&scratch.arithmetic, arithmetic.piece + arithmetic.tile * item.num_tiles);
+        atomicAdd(&scratch.load.arithmetic, arithmetic.piece + arithmetic.tile * item.num_tiles);
       }
       int total;
       int offset = length + exclusive_scan(cost, scratch.warp_sums, total);
@@ -211,136 +148,13 @@ __device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool so
   return {num_items, length};
 }
 
-struct Line {
-  const Item* items;
-  const int* offsets;
-  int num_items, length;
-};
-
-// Interval c is [begin(c), begin(c + 1)): the line in equal parts, the first few longer by one.
-struct Cut {
-  int least, longer;  // length of an interval; how many are longer by one
-  __device__ int begin(int share) const { return share * least + min(share, longer); }
-  __device__ int owner(int place) const {
-    int in_longer = longer * (least + 1);
-    return place < in_longer ? place / (least + 1) : longer + (place - in_longer) / least;
-  }
-};
-
-// The first tile at or behind `place`, and the item it belongs to.
-__device__ Position locate(const Scratch& scratch, const Line& line, int num_kv_heads, int place,
-                           Item& item) {
-  const int item_idx = last_not_above(line.offsets, line.num_items, place);
-  item = line.items[item_idx];
-  const int pair = pair_cost(scratch, item), tile = tile_cost(scratch, item);
-  const int rest = place - line.offsets[item_idx], head = rest / pair;
-  const Position at = {item_idx * num_kv_heads + head, (rest - head * pair + tile - 1) / tile};
-  if (at.tile < item.num_tiles) return at;
-  if (head + 1 == num_kv_heads && item_idx + 1 < line.num_items) item = line.items[item_idx + 1];
-  return {at.pair + 1, 0};
-}
-
-// The shares that have a part of the pair at `at`.
-__device__ Merge merge_of(const Scratch& scratch, const Line& line, int num_kv_heads, Cut cut,
-                          const Item& item, Position at) {
-  int pair_begin =
-      line.offsets[at.pair / num_kv_heads] + at.pair % num_kv_heads * pair_cost(scratch, item);
-  int first = cut.owner(pair_begin);
-  int last = cut.owner(pair_begin + tile_cost(scratch, item) * (item.num_tiles - 1));
-  return {first, last - first + 1};
-}
-
-__device__ void write_share(const ScheduleArgs& args, const Scratch& scratch, const Line& line,
-                            Cut cut, int c) {
-  int begin = cut.begin(c), end = min(cut.begin(c + 1), line.length);
-  Share share = {};
-  if (end > begin) {
-    Item last;
-    share.begin = locate(scratch, line, args.num_kv_heads, begin, share.item);
-    share.end = {line.num_items * args.num_kv_heads, 0};
-    share.steps[0] = share.steps[1] = 1;
-    if (end < line.length) share.end = locate(scratch, line, args.num_kv_heads, end, last);
-    if (share.begin.tile > 0) {
-      share.earlier = merge_of(scratch, line, args.num_kv_heads, cut, share.item, share.begin);
-    }
-    if (share.end.tile > 0) {
-      share.later = merge_of(scratch, line, args.num_kv_heads, cut, last, share.end);
-    }
-  }
-  args.ws.shares[c] = share;
-}
-
-// When all pairs cost the same (one request, or requests of the same length), shares of whole pairs,
-// or pairs in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
-struct Even {
-  int pairs = 0;  // per share; or
-  int parts = 0;  // per pair
-  __device__ bool used() const { return pairs > 0 || parts > 0; }
-};
-
-// How many parts, by the times of whole steps, where every layer fetches the code anew: the more
-// SMs do, the longer each waits.
-__device__ int choose_parts(const Item& item, int num_pairs, int num_shares) {
-  const int kind = kind_of(item.packed_count), tiles = item.num_tiles;
-  const int most = num_shares / num_pairs;
-  int parts = most;
-  if (kind < 2 && most > 3) {
-    // Three quarters of the SMs; and merging loads four parts at once.
-    const int some = num_shares * 3 / 4 / num_pairs, fours = some > 4 ? some / 4 * 4 : some;
-    if (tiles <= 8 * fours) parts = fours;
-  }
-  // Few tiles: whole pairs are read nearly as fast, with nothing to merge.
-  const bool is_short = tiles < 8 || (most <= 3 && num_pairs * tiles <= 8 * num_shares);
-  // A part of one tile costs more to merge than it saves, as does one that makes none shorter.
-  parts = min(parts, tiles / 2);
-  if (parts <= 1 || (kind < 3 && is_short)) return 1;
-  const int longest = (tiles + parts - 1) / parts;
-  return (tiles + longest - 1) / longest;
-}
-
-__device__ Even cut_evenly(const Line& line, int num_kv_heads, int num_shares) {
-  Even even;
-  int num_pairs = line.num_items * num_kv_heads;
-  if (num_pairs == 0) return even;
-  if (num_pairs > num_shares) {
-    int pairs = (num_pairs + num_shares - 1) / num_shares;
-    if (num_pairs * 10 >= pairs * num_shares * 9) even.pairs = pairs;
-  } else if (num_shares / num_pairs * num_pairs * 10 >= num_shares * 9) {
-    even.parts = choose_parts(line.items[0], num_pairs, num_shares);
-  }
-  return even;
-}
-
-__device__ void write_even_share(const ScheduleArgs& args, const Line& line, Even even, int c) {
-  int num_pairs = line.num_items * args.num_kv_heads;
-  int parts = max(even.parts, 1), pairs = max(even.pairs, 1);
-  int pair = c / parts * pairs, part = c % parts;
-  Share share = {};
-  if (pair < num_pairs) {
-    share.item = line.items[pair / args.num_kv_heads];
-    int tiles = share.item.num_tiles;
-    share.begin = {pair, part * tiles / parts};
-    share.end = {min(pair + pairs, num_pairs), 0};
-    if (part + 1 < parts) share.end = {pair, (part + 1) * tiles / parts};
-    share.steps[0] = share.steps[1] = 1;
-    share.earlier = share.later = {c - part, parts};
-  }
-  args.ws.shares[c] = share;
-}
-
-// The pairs sorted by falling cost and dealt to the shares, there and back: share c's pair of a
-// round.
-__device__ int dealt_pair(int round, int c, int num_shares) {
-  return round * num_shares + (round % 2 == 0 ? c : num_shares - 1 - c);
-}
-
 // Whether dealing whole pairs leaves no share so far above `part`, the line in equal parts, that
 // cutting would be worth its cost. Then the items in the workspace are sorted, and scratch.seqs has
 // their places on the line.
 __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, int part) {
   int *costs_on_line = scratch.row_begin, *sorted = scratch.packed_rows;
   const int tid = threadIdx.x, num_pairs = num_items * args.num_kv_heads;
-  if (tid < num_items) costs_on_line[tid] = pair_cost(scratch, scratch.items[tid]);
+  if (tid < num_items) costs_on_line[tid] = pair_cost(scratch.costs, scratch.items[tid]);
   __syncthreads();
   if (tid < num_items) {
     const int cost = costs_on_line[tid];
@@ -362,28 +176,10 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, 
     atomicMax(&scratch.largest_dealt, total);
   }
   __syncthreads();
-  // Of several kinds, the one whose cuts cost most. Fewer pairs than SMs: those that read have more
-  // of the memory's bandwidth.
-  constexpr int kFaster = 80;
-  const int cutting = cost_of(31 - __clz(scratch.kinds), true).cutting;
-  const int worth = num_pairs <= args.ws.num_shares ? cutting + kFaster : cutting;
+  const int worth = worth_of_cutting(scratch.kinds, num_pairs, args.ws.num_shares);
   if (scratch.largest_dealt > part + worth) return false;
   if (tid < num_items) args.ws.items[tid] = scratch.items[scratch.seqs[tid]];
   return true;
-}
-
-__device__ void write_dealt_share(const ScheduleArgs& args, const Scratch& scratch, int num_items,
-                                  int c) {
-  const int num_pairs = num_items * args.num_kv_heads, last = args.ws.num_shares - 1;
-  Share share = {};
-  if (c < num_pairs) {
-    share.item = scratch.items[scratch.seqs[c / args.num_kv_heads]];
-    share.begin = {c, 0};
-    share.end = {num_pairs, 0};
-    share.steps[0] = 2 * (last - c) + 1;
-    share.steps[1] = 2 * c + 1;
-  }
-  args.ws.shares[c] = share;
 }
 
 // Ends with a barrier.
@@ -391,13 +187,10 @@ __device__ void clear(Scratch& scratch) {
   if (threadIdx.x == 0) {
     scratch.least_cost = INT_MAX;
     scratch.largest_cost = scratch.largest_dealt = 0;
-    scratch.unique_tiles = scratch.arithmetic = 0;
+    scratch.load.unique_tiles = scratch.load.arithmetic = 0;
     scratch.kinds = 0;
   }
-  if (threadIdx.x < 4) {
-    const Cost cost = cost_of(threadIdx.x, true);
-    scratch.costs[threadIdx.x] = {cost.tile, cost.piece};
-  }
+  if (threadIdx.x < 4) scratch.costs[threadIdx.x] = plain_cost(threadIdx.x);
   __syncthreads();
 }
 
@@ -413,28 +206,35 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   while (true) {
     listed = list_items(args, scratch, sorted);
     if (sorted || __popc(scratch.kinds) <= 1) break;
-    if (threadIdx.x < 4) fit_costs(args, scratch, threadIdx.x);
+    if (threadIdx.x < 4) {
+      scratch.costs[threadIdx.x] = fitted_cost(threadIdx.x, scratch.load, args.num_kv_heads,
+                                               args.head_dim, args.ws.num_shares);
+    }
     sorted = true;
     __syncthreads();
   }
-  Line line = {scratch.items, scratch.cost_offsets, listed.num_items, listed.length};
+  Line line = {scratch.items,    scratch.cost_offsets, scratch.costs,
+               listed.num_items, args.num_kv_heads,    listed.length};
   if (line.num_items > kCachedItems) {
     line.items = args.ws.items;
     line.offsets = args.ws.cost_offsets;
   }
+  const int num_shares = args.ws.num_shares;
   const bool equal = !sorted && scratch.least_cost == scratch.largest_cost;
-  const Even even = equal ? cut_evenly(line, args.num_kv_heads, args.ws.num_shares) : Even{};
-  int used = max(1, min(args.ws.num_shares, line.length / kMinShareCost));
-  Cut cut = {line.length / used, line.length % used};
+  const Even even = equal ? cut_evenly(line, num_shares) : Even{};
+  const Cut cut = cut_line(line.length, num_shares);
   const bool dealt = !even.used() && line.num_items <= kCachedItems &&
                      deal(args, scratch, line.num_items, cut.least);
-  for (int c = threadIdx.x; c < args.ws.num_shares; c += kThreads) {
+  for (int c = threadIdx.x; c < num_shares; c += kThreads) {
     if (even.used()) {
-      write_even_share(args, line, even, c);
-    } else if (dealt) {
-      write_dealt_share(args, scratch, line.num_items, c);
+      args.ws.shares[c] = even_share(line, even, c);
+    } else if (!dealt) {
+      args.ws.shares[c] = cut_share(line, cut, c);
+    } else if (c < line.num_pairs()) {
+      const Item& first = scratch.items[scratch.seqs[c / args.num_kv_heads]];
+      args.ws.shares[c] = dealt_share(first, line.num_pairs(), num_shares, c);
     } else {
-      write_share(args, scratch, line, cut, c);
+      args.ws.shares[c] = {};
     }
     args.ws.arrivals[c] = args.ws.left_rows[2 * c] = args.ws.left_rows[2 * c + 1] = 0;
   }

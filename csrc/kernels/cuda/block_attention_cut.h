@@ -1,0 +1,243 @@
+// How a step's pairs are cut into shares: what they cost, and three ways to cut. The schedule's
+// kernel runs this with a thread for each share. It is compiled for the host as well, where a test
+// that needs no GPU checks that the shares hold every tile once and agree about their merges.
+#pragma once
+
+#include "kernels/cuda/block_attention.h"
+
+namespace optimus::cuda::attention {
+
+inline __host__ __device__ int smaller(int a, int b) { return a < b ? a : b; }
+inline __host__ __device__ int larger(int a, int b) { return a > b ? a : b; }
+
+// ------------------------------------------------------------------------------------------- costs
+
+// What items cost, by kind_of(): a tile, a piece beside its tiles (loading Q, merging and writing
+// its rows), and the ends of a share, where pairs are cut (writing sums, waiting, merging). In
+// units of about 60 cycles, fitted to the times of CTAs in steps of many kinds. An int holds the
+// line as long as pairs times tiles stay below 45 million: 2,048 pairs of 1.4 million keys.
+// `cutting` is what all that adds to a layer of a whole step, where kernels in between have
+// displaced the code that merges: fitted to the times of such steps, cut and dealt.
+struct Cost {
+  int tile, piece, ends, cutting;
+};
+inline __host__ __device__ Cost cost_of(int kind, bool memory_bound) {
+  switch (kind) {
+    case 0:
+      return {memory_bound ? 24 : 15, memory_bound ? 35 : 55, 50, 100};
+    case 1:
+      return {memory_bound ? 25 : 15, memory_bound ? 45 : 65, 60, 250};
+    case 2:
+      return {memory_bound ? 31 : 18, memory_bound ? 40 : 72, 140, 390};
+    default:
+      return {memory_bound ? 28 : 25, memory_bound ? 80 : 62, 280, 360};
+  }
+}
+// A tile of head_dim 128 at the bandwidth of the memory, when every SM reads.
+constexpr int kMemoryTileCost = 27;
+// Shares are at least this long: about a small item's piece of three tiles. No share that a pair
+// runs through may be without a tile of it, for the merge takes a part from each: so not below any
+// tile's cost.
+constexpr int kMinShareCost = 103;
+
+// As the line counts it.
+struct PairCost {
+  int tile, piece;
+};
+inline __host__ __device__ PairCost plain_cost(int kind) {
+  const Cost cost = cost_of(kind, true);
+  return {cost.tile, cost.piece};
+}
+
+// What a KV head's items have to read and to work out, in units of cost.
+struct HeadLoad {
+  int unique_tiles;  // what all items of a sequence share, once
+  int arithmetic;    // of all items, memory aside
+};
+
+// For a step of several kinds. When the memory is the limit, tiles of all kinds take about as long,
+// for SMs read equally fast; and the more a kind loses at the ends of a share, the shorter its
+// shares.
+inline __host__ __device__ PairCost fitted_cost(int kind, HeadLoad load, int num_kv_heads,
+                                                int head_dim, int num_shares) {
+  const int memory = load.unique_tiles * (kMemoryTileCost * head_dim / 128);
+  const Cost cost = cost_of(kind, memory > load.arithmetic);
+  const int all = larger(memory, load.arithmetic) * num_kv_heads;
+  const int share = larger(all / num_shares, 3 * cost.ends);
+  const float factor = static_cast<float>(share) / (share - cost.ends);
+  return {static_cast<int>(cost.tile * factor + 0.5f),
+          static_cast<int>(cost.piece * factor + 0.5f)};
+}
+
+inline __host__ __device__ int tile_cost(const PairCost* costs, const Item& item) {
+  return costs[kind_of(item.packed_count)].tile;
+}
+inline __host__ __device__ int pair_cost(const PairCost* costs, const Item& item) {
+  const PairCost& cost = costs[kind_of(item.packed_count)];
+  return cost.piece + cost.tile * item.num_tiles;
+}
+
+// --------------------------------------------------------------------------------- the line, cut
+
+struct Line {
+  const Item* items;
+  const int* offsets;     // where items begin
+  const PairCost* costs;  // [4] by kind
+  int num_items, num_kv_heads, length;
+  __host__ __device__ int num_pairs() const { return num_items * num_kv_heads; }
+};
+
+// Interval c is [begin(c), begin(c + 1)): the line in equal parts, the first few longer by one.
+struct Cut {
+  int least, longer;  // length of an interval; how many are longer by one
+  __host__ __device__ int begin(int share) const { return share * least + smaller(share, longer); }
+  __host__ __device__ int owner(int place) const {
+    int in_longer = longer * (least + 1);
+    return place < in_longer ? place / (least + 1) : longer + (place - in_longer) / least;
+  }
+};
+inline __host__ __device__ Cut cut_line(int length, int num_shares) {
+  const int used = larger(1, smaller(num_shares, length / kMinShareCost));
+  return {length / used, length % used};
+}
+
+// Index of the last of `count` ascending offsets that is <= value; offsets[0] <= value.
+inline __host__ __device__ int last_not_above(const int* offsets, int count, int value) {
+  int low = 0, high = count;  // offsets[low] <= value < offsets[high]
+  while (high - low > 1) {
+    int middle = (low + high) / 2;
+    (offsets[middle] <= value ? low : high) = middle;
+  }
+  return low;
+}
+
+// The first tile at or behind `place`, and the item it belongs to.
+inline __host__ __device__ Position locate(const Line& line, int place, Item& item) {
+  const int item_idx = last_not_above(line.offsets, line.num_items, place);
+  item = line.items[item_idx];
+  const int pair = pair_cost(line.costs, item), tile = tile_cost(line.costs, item);
+  const int rest = place - line.offsets[item_idx], head = rest / pair;
+  const Position at = {item_idx * line.num_kv_heads + head, (rest - head * pair + tile - 1) / tile};
+  if (at.tile < item.num_tiles) return at;
+  if (head + 1 == line.num_kv_heads && item_idx + 1 < line.num_items) {
+    item = line.items[item_idx + 1];
+  }
+  return {at.pair + 1, 0};
+}
+
+// The shares that have a part of the pair at `at`.
+inline __host__ __device__ Merge merge_of(const Line& line, Cut cut, const Item& item,
+                                          Position at) {
+  int pair_begin = line.offsets[at.pair / line.num_kv_heads] +
+                   at.pair % line.num_kv_heads * pair_cost(line.costs, item);
+  int first = cut.owner(pair_begin);
+  int last = cut.owner(pair_begin + tile_cost(line.costs, item) * (item.num_tiles - 1));
+  return {first, last - first + 1};
+}
+
+inline __host__ __device__ Share cut_share(const Line& line, Cut cut, int c) {
+  int begin = cut.begin(c), end = smaller(cut.begin(c + 1), line.length);
+  Share share = {};
+  if (end > begin) {
+    Item last;
+    share.begin = locate(line, begin, share.item);
+    share.end = {line.num_pairs(), 0};
+    share.steps[0] = share.steps[1] = 1;
+    if (end < line.length) share.end = locate(line, end, last);
+    if (share.begin.tile > 0) share.earlier = merge_of(line, cut, share.item, share.begin);
+    if (share.end.tile > 0) share.later = merge_of(line, cut, last, share.end);
+  }
+  return share;
+}
+
+// ------------------------------------------------------------------------------ pairs of one cost
+
+// When all pairs cost the same (one request, or requests of the same length), shares of whole
+// pairs, or pairs in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
+struct Even {
+  int pairs = 0;  // per share; or
+  int parts = 0;  // per pair
+  __host__ __device__ bool used() const { return pairs > 0 || parts > 0; }
+};
+
+// How many parts, by the times of whole steps, where every layer fetches the code anew: the more
+// SMs do, the longer each waits.
+inline __host__ __device__ int choose_parts(const Item& item, int num_pairs, int num_shares) {
+  const int kind = kind_of(item.packed_count), tiles = item.num_tiles;
+  const int most = num_shares / num_pairs;
+  int parts = most;
+  if (kind < 2 && most > 3) {
+    // Three quarters of the SMs; and merging loads four parts at once.
+    const int some = num_shares * 3 / 4 / num_pairs, fours = some > 4 ? some / 4 * 4 : some;
+    if (tiles <= 8 * fours) parts = fours;
+  }
+  // Few tiles: whole pairs are read nearly as fast, with nothing to merge.
+  const bool is_short = tiles < 8 || (most <= 3 && num_pairs * tiles <= 8 * num_shares);
+  // A part of one tile costs more to merge than it saves, as does one that makes none shorter.
+  parts = smaller(parts, tiles / 2);
+  if (parts <= 1 || (kind < 3 && is_short)) return 1;
+  const int longest = (tiles + parts - 1) / parts;
+  return (tiles + longest - 1) / longest;
+}
+
+inline __host__ __device__ Even cut_evenly(const Line& line, int num_shares) {
+  Even even;
+  const int num_pairs = line.num_pairs();
+  if (num_pairs == 0) return even;
+  if (num_pairs > num_shares) {
+    int pairs = (num_pairs + num_shares - 1) / num_shares;
+    if (num_pairs * 10 >= pairs * num_shares * 9) even.pairs = pairs;
+  } else if (num_shares / num_pairs * num_pairs * 10 >= num_shares * 9) {
+    even.parts = choose_parts(line.items[0], num_pairs, num_shares);
+  }
+  return even;
+}
+
+inline __host__ __device__ Share even_share(const Line& line, Even even, int c) {
+  int num_pairs = line.num_pairs();
+  int parts = larger(even.parts, 1), pairs = larger(even.pairs, 1);
+  int pair = c / parts * pairs, part = c % parts;
+  Share share = {};
+  if (pair < num_pairs) {
+    share.item = line.items[pair / line.num_kv_heads];
+    int tiles = share.item.num_tiles;
+    share.begin = {pair, part * tiles / parts};
+    share.end = {smaller(pair + pairs, num_pairs), 0};
+    if (part + 1 < parts) share.end = {pair, (part + 1) * tiles / parts};
+    share.steps[0] = share.steps[1] = 1;
+    share.earlier = share.later = {c - part, parts};
+  }
+  return share;
+}
+
+// ------------------------------------------------------------------------------ whole pairs, dealt
+
+// The pairs sorted by falling cost and dealt to the shares, there and back: share c's pair of a
+// round.
+inline __host__ __device__ int dealt_pair(int round, int c, int num_shares) {
+  return round * num_shares + (round % 2 == 0 ? c : num_shares - 1 - c);
+}
+
+// How much longer than a part of the line the longest share may be where whole pairs are dealt:
+// then cutting would cost as much. `kinds`: a bit each.
+inline __host__ __device__ int worth_of_cutting(uint32_t kinds, int num_pairs, int num_shares) {
+  // Of several kinds, the one whose cuts cost most.
+  const int kind = kinds >= 8 ? 3 : kinds >= 4 ? 2 : kinds >= 2 ? 1 : 0;
+  // Fewer pairs than SMs: those that read have more of the memory's bandwidth.
+  constexpr int kFaster = 80;
+  return cost_of(kind, true).cutting + (num_pairs <= num_shares ? kFaster : 0);
+}
+
+// `first`: the item of share c's first pair.
+inline __host__ __device__ Share dealt_share(const Item& first, int num_pairs, int num_shares,
+                                             int c) {
+  Share share = {};
+  share.item = first;
+  share.begin = {c, 0};
+  share.end = {num_pairs, 0};
+  share.steps[0] = 2 * (num_shares - 1 - c) + 1;
+  share.steps[1] = 2 * c + 1;
+  return share;
+}
+
+}  // namespace optimus::cuda::attention

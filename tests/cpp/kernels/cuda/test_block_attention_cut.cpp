@@ -1,0 +1,209 @@
+// How a step is cut into shares, without a GPU: whichever way, its shares hold every tile once, and
+// those that have parts of a pair agree about who they are.
+#include <algorithm>
+#include <vector>
+
+#include "kernels/cuda/block_attention_cut.h"
+#include "testing.h"
+
+namespace optimus::cuda::attention {
+namespace {
+
+using optimus::testing::random_int;
+using optimus::testing::Rng;
+
+struct Sequence {
+  int rows, keys;
+};
+
+// Items in the schedule's order, and the line they lie on.
+struct Step {
+  std::vector<Item> items;
+  std::vector<int> offsets;
+  PairCost costs[4];
+  uint32_t kinds = 0;
+  int num_kv_heads, num_shares;
+  int length = 0;
+
+  Step(const std::vector<Sequence>& seqs, int group, int num_kv_heads_, int num_shares_)
+      : num_kv_heads(num_kv_heads_), num_shares(num_shares_) {
+    HeadLoad load = {};
+    for (size_t s = 0; s < seqs.size(); ++s) {
+      const int packed = seqs[s].rows * group;
+      const int tiles = (seqs[s].keys + kTileKeys - 1) / kTileKeys;
+      for (int begin = 0; begin < packed; begin += kMaxPackedRows) {
+        Item item = {};
+        item.seq = static_cast<int>(s);
+        item.packed_begin = begin;
+        item.packed_count = std::min(kMaxPackedRows, packed - begin);
+        item.num_tiles = tiles;
+        const Cost cost = cost_of(kind_of(item.packed_count), false);
+        load.arithmetic += cost.piece + cost.tile * tiles;
+        items.push_back(item);
+      }
+      load.unique_tiles += tiles;
+      kinds |= 1u << kind_of(packed);
+    }
+    const bool several = (kinds & (kinds - 1)) != 0;
+    for (int kind = 0; kind < 4; ++kind) {
+      costs[kind] =
+          several ? fitted_cost(kind, load, num_kv_heads, 128, num_shares) : plain_cost(kind);
+    }
+    if (several) {
+      std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
+        return kind_of(seqs[a.seq].rows * group) < kind_of(seqs[b.seq].rows * group);
+      });
+    }
+    for (const Item& item : items) {
+      offsets.push_back(length);
+      length += pair_cost(costs, item) * num_kv_heads;
+    }
+  }
+  Line line() const {
+    return {items.data(), offsets.data(), costs, static_cast<int>(items.size()),
+            num_kv_heads, length};
+  }
+  bool is_equal() const {
+    return std::all_of(items.begin(), items.end(), [&](const Item& item) {
+      return pair_cost(costs, item) == pair_cost(costs, items[0]);
+    });
+  }
+};
+
+struct Part {
+  int share, begin, end;
+  Merge merge;  // as the share has it
+};
+
+bool is_before(Position a, Position b) {
+  return a.pair < b.pair || (a.pair == b.pair && a.tile < b.tile);
+}
+
+// The parts of every pair, share by share, as a CTA walks them.
+std::vector<std::vector<Part>> walk(const std::vector<Item>& items, int num_kv_heads,
+                                    const std::vector<Share>& shares) {
+  std::vector<std::vector<Part>> parts(items.size() * num_kv_heads);
+  for (size_t c = 0; c < shares.size(); ++c) {
+    const Share& share = shares[c];
+    Position at = share.begin;
+    for (int taken = 0; is_before(at, share.end); ++taken) {
+      const Item& item = items[at.pair / num_kv_heads];
+      if (taken == 0) {
+        EXPECT_EQ(share.item.seq, item.seq);
+        EXPECT_EQ(share.item.packed_begin, item.packed_begin);
+      }
+      const int end = at.pair == share.end.pair ? share.end.tile : item.num_tiles;
+      parts[at.pair].push_back(
+          {static_cast<int>(c), at.tile, end, at.tile > 0 ? share.earlier : share.later});
+      at = {at.pair + share.steps[taken % 2], 0};
+    }
+  }
+  return parts;
+}
+
+void expect_every_tile_once(const std::vector<Item>& items, int num_kv_heads,
+                            const std::vector<Share>& shares) {
+  const auto parts = walk(items, num_kv_heads, shares);
+  for (size_t pair = 0; pair < parts.size(); ++pair) {
+    SCOPED_TRACE(::testing::Message() << "pair " << pair << " of " << parts.size());
+    int next = 0;
+    for (size_t i = 0; i < parts[pair].size(); ++i) {
+      const Part& part = parts[pair][i];
+      ASSERT_EQ(part.begin, next);
+      ASSERT_LT(part.begin, part.end);
+      next = part.end;
+      if (parts[pair].size() == 1) continue;
+      ASSERT_EQ(part.share, parts[pair][0].share + static_cast<int>(i));
+      ASSERT_EQ(part.merge.first_share, parts[pair][0].share);
+      ASSERT_EQ(part.merge.num_parts, static_cast<int>(parts[pair].size()));
+    }
+    ASSERT_EQ(next, items[pair / num_kv_heads].num_tiles);
+  }
+}
+
+// The three ways, those that the step allows.
+void check(const Step& step) {
+  const Line line = step.line();
+  std::vector<Share> shares(step.num_shares);
+  const Cut cut = cut_line(line.length, step.num_shares);
+  for (int c = 0; c < step.num_shares; ++c) shares[c] = cut_share(line, cut, c);
+  {
+    SCOPED_TRACE("cut");
+    expect_every_tile_once(step.items, step.num_kv_heads, shares);
+  }
+  const Even even = step.is_equal() ? cut_evenly(line, step.num_shares) : Even{};
+  if (even.used()) {
+    SCOPED_TRACE(::testing::Message() << even.pairs << " pairs, " << even.parts << " parts");
+    for (int c = 0; c < step.num_shares; ++c) shares[c] = even_share(line, even, c);
+    expect_every_tile_once(step.items, step.num_kv_heads, shares);
+  }
+  std::vector<Item> sorted = step.items;
+  std::stable_sort(sorted.begin(), sorted.end(), [&](const Item& a, const Item& b) {
+    return pair_cost(step.costs, a) > pair_cost(step.costs, b);
+  });
+  for (int c = 0; c < step.num_shares; ++c) {
+    shares[c] = c < line.num_pairs() ? dealt_share(sorted[c / step.num_kv_heads], line.num_pairs(),
+                                                   step.num_shares, c)
+                                     : Share{};
+  }
+  SCOPED_TRACE("dealt");
+  expect_every_tile_once(sorted, step.num_kv_heads, shares);
+  for (int c = 0; c < std::min(step.num_shares, line.num_pairs()); ++c) {
+    int pair = c;
+    for (int round = 0; pair < line.num_pairs(); pair += shares[c].steps[round++ % 2]) {
+      ASSERT_EQ(pair, dealt_pair(round, c, step.num_shares));
+    }
+  }
+}
+
+TEST(BlockAttentionCut, SharesHoldEveryTileOnce) {
+  Rng rng(401);
+  for (int trial = 0; trial < 3000; ++trial) {
+    const int num_shares[] = {1, 2, 20, 108, 132, 148};
+    const int most_keys = 1 << random_int(rng, 6, 15), shape = random_int(rng, 0, 3);
+    std::vector<Sequence> seqs(1 << random_int(rng, 0, trial % 50 == 0 ? 8 : 5));
+    if (seqs.size() > 2) seqs.resize(seqs.size() - random_int(rng, 0, 1));
+    const Sequence common = {1 << random_int(rng, 0, 5), random_int(rng, 1, most_keys)};
+    for (Sequence& seq : seqs) {
+      seq = common;
+      if (shape == 1) seq.keys = random_int(rng, most_keys - most_keys / 4, most_keys);
+      if (shape > 1) seq = {random_int(rng, 1, 40), random_int(rng, 1, most_keys)};
+      if (shape == 3 && random_int(rng, 0, 9) == 0) seq.rows = random_int(rng, 40, 700);
+    }
+    SCOPED_TRACE(::testing::Message() << "trial " << trial);
+    check(Step(seqs, random_int(rng, 1, 16), 1 << random_int(rng, 0, 3),
+               num_shares[random_int(rng, 0, 5)]));
+    if (HasFatalFailure()) return;
+  }
+}
+
+// Eight KV heads of four query heads, requests of 8 rows: what was fastest on 132 SMs.
+TEST(BlockAttentionCut, FewRequestsAreCutAsMeasured) {
+  const auto parts = [](int num_seqs, int keys) {
+    const Step step(std::vector<Sequence>(num_seqs, {8, keys}), 4, 8, 132);
+    return cut_evenly(step.line(), step.num_shares).parts;
+  };
+  EXPECT_EQ(parts(1, 256), 1);
+  EXPECT_EQ(parts(1, 512), 4);
+  EXPECT_EQ(parts(1, 1024), 8);
+  EXPECT_EQ(parts(2, 512), 4);
+  EXPECT_EQ(parts(2, 1024), 4);
+  EXPECT_EQ(parts(2, 2048), 4);
+  EXPECT_EQ(parts(3, 1024), 4);
+  EXPECT_EQ(parts(4, 512), 3);
+  EXPECT_EQ(parts(4, 1024), 3);
+  EXPECT_EQ(parts(8, 1024), 1);
+  EXPECT_EQ(parts(16, 1024), 1);
+}
+
+// Whole pairs may take so much longer than an equal part of the line.
+TEST(BlockAttentionCut, SeveralKindsCostWhatTheDearestDoes) {
+  EXPECT_EQ(worth_of_cutting(1, 200, 132), cost_of(0, true).cutting);
+  EXPECT_EQ(worth_of_cutting(1 | 2, 200, 132), cost_of(1, true).cutting);
+  EXPECT_EQ(worth_of_cutting(2 | 4, 200, 132), cost_of(2, true).cutting);
+  EXPECT_EQ(worth_of_cutting(1 | 8, 200, 132), cost_of(3, true).cutting);
+  EXPECT_GT(worth_of_cutting(1, 132, 132), worth_of_cutting(1, 133, 132));
+}
+
+}  // namespace
+}  // namespace optimus::cuda::attention
