@@ -34,7 +34,8 @@ constexpr size_t kTokenBytes = size_t(2) * kNumKvHeads * kHeadDim * 2;  // K and
 constexpr size_t kPageBytes = kTokenBytes * kPageSize;
 constexpr size_t kPoolBytes = size_t(4864) << 20;
 constexpr size_t kRotatedBytes = size_t(512) << 20;  // beyond any L2
-constexpr int kMaxCalls = 24;
+// Of a graph, whose launch counts among them.
+constexpr int kLeastCalls = 4, kMaxCalls = 24;
 constexpr double kSteadySeconds = 0.25;
 
 struct Sequence {
@@ -191,7 +192,8 @@ class Bench {
  private:
   static int calls_for(size_t bytes) {
     size_t rotated = (kRotatedBytes + bytes - 1) / bytes, fit = kPoolBytes / bytes;
-    return static_cast<int>(std::max<size_t>(1, std::min({rotated, fit, size_t{kMaxCalls}})));
+    return static_cast<int>(
+        std::max(size_t{kLeastCalls}, std::min({rotated, fit, size_t{kMaxCalls}})));
   }
 
   std::vector<DeviceBuffer<int32_t>> page_tables(const Batch& batch, int calls, int stride) {
