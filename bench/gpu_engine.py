@@ -127,6 +127,10 @@ def copy_gb_s() -> float | None:
     return best
 
 
+def equal_contexts(rows: int) -> list[int]:
+    return [CONTEXT] * max(1, rows // ROWS_PER_SEQ)
+
+
 def steps(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
     bandwidth = copy_gb_s()
     token_bytes = kv_bytes_per_token(grown.checkpoint, grown.dtype)
@@ -135,7 +139,7 @@ def steps(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
         "copy_gb_s": bandwidth, "context": CONTEXT, "rows_per_seq": ROWS_PER_SEQ,
         "memory": llm.memory, "graphs": llm.engine.graphs, "rows": [], "unequal": [],
     }  # fmt: skip
-    cases = [("rows", rows, [CONTEXT] * max(1, rows // ROWS_PER_SEQ)) for rows in STEP_ROWS]
+    cases = [("rows", rows, equal_contexts(rows)) for rows in STEP_ROWS]
     for n in UNEQUAL_SEQS:
         contexts = [round(CONTEXT * (1 + SPREAD * (2 * i / (n - 1) - 1))) for i in range(n)]
         cases.append(("unequal", ROWS_PER_SEQ * n, contexts))
@@ -247,7 +251,7 @@ def kernels(args: argparse.Namespace, write: Write, grown: optimus.LLM) -> None:
     llm = engine_of_steps(grown)
     tables: list[dict[str, Any]] = []
     for rows in STEP_ROWS:
-        shape = (rows, [CONTEXT] * max(1, rows // ROWS_PER_SEQ))
+        shape = (rows, equal_contexts(rows))
         llm.engine.time_forward(*shape, 2)
         events = gpu_trace.record(llm.engine.time_forward, *shape, gpu_trace.REPEATS)
         table = {"rows": rows, **gpu_trace.kernel_table(events)}

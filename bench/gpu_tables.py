@@ -2,63 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 Result = dict[str, Any]
+
+STEP_LAYERS = 36  # of SDAR-8B, which share a schedule
+
+
+def attention_grid(cell: Callable[[str], str]) -> str:
+    """A table of bench_block_attention_cuda's cases; `cell` gives the text of one by its name."""
+    lines = [
+        "| keys | masks a request | 1 request | 8 | 32 | 128 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kv in (1024, 4096):
+        for c in (1, 4, 8, 16, 32):
+            cells = [cell(f"kv {kv} c {c} b {batch}") for batch in (1, 8, 32, 128)]
+            lines.append(f"| {kv} | {c} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def attention_table(report: Result) -> str:
     """Microseconds of block_attention beside a plain read of the same keys and values."""
     by_name = {result["name"]: result for result in report["results"]}
-    lines = [
-        "| keys | masks a request | 1 request | 8 | 32 | 128 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for kv in (1024, 4096):
-        for c in (1, 4, 8, 16, 32):
-            cells = []
-            for batch in (1, 8, 32, 128):
-                result = by_name.get(f"kv {kv} c {c} b {batch}")
-                if result is None:
-                    cells.append("")
-                    continue
-                share = 100 * result["floor_us"] / result["layer_us"]
-                cells.append(f"{result['layer_us']:.0f} ({share:.0f}%)")
-            lines.append(f"| {kv} | {c} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+    def cell(name: str) -> str:
+        result = by_name.get(name)
+        if result is None:
+            return ""
+        share = 100 * result["floor_us"] / result["layer_us"]
+        return f"{result['layer_us']:.0f} ({share:.0f}%)"
+
+    return attention_grid(cell)
 
 
 def peers_table(report: Result, peers: Result) -> str:
     """block_attention beside the fastest other paged attention on the same machine, microseconds: a
-    layer, with its part of the schedule of a step of 36 layers, of which others' is not counted."""
+    layer, with its part of the schedule of a step, of which others' is not counted."""
     ours = {
-        result["name"]: result["layer_us"] + result["schedule_us"] / 36
+        result["name"]: result["layer_us"] + result["schedule_us"] / STEP_LAYERS
         for result in report["results"]
     }
-    ratios = [
-        ours[name] / min(us.values())
-        for name, us in peers["results"].items()
-        if us and name in ours
-    ]
-    lines = [
-        "| keys | masks a request | 1 request | 8 | 32 | 128 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for kv in (1024, 4096):
-        for c in (1, 4, 8, 16, 32):
-            cells = []
-            for batch in (1, 8, 32, 128):
-                name = f"kv {kv} c {c} b {batch}"
-                others = peers["results"].get(name)
-                if not others or name not in ours:
-                    cells.append("")
-                    continue
-                best = min(others, key=others.__getitem__)
-                cells.append(f"{ours[name]:.1f} / {others[best]:.1f} {best}")
-            lines.append(f"| {kv} | {c} | {' | '.join(cells)} |")
+    both = {name: us for name, us in peers["results"].items() if us and name in ours}
+    best = {name: min(us, key=us.__getitem__) for name, us in both.items()}
+    ratios = [ours[name] / us[best[name]] for name, us in both.items()]
+
+    def cell(name: str) -> str:
+        if name not in both:
+            return ""
+        return f"{ours[name]:.1f} / {both[name][best[name]]:.1f} {best[name]}"
+
     low, high = min(ratios), max(ratios)
-    lines += ["", f"All {len(ratios)} cells measured: {low:.2f} to {high:.2f} of the best other's."]
-    return "\n".join(lines)
+    found = f"All {len(ratios)} cells measured: {low:.2f} to {high:.2f} of the best other's."
+    return f"{attention_grid(cell)}\n\n{found}"
 
 
 def unequal_table(report: Result) -> str:

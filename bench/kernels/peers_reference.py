@@ -26,7 +26,7 @@ import json
 import time
 
 import torch
-from sdpa_reference import HEAD_DIM, KV_HEADS, LEAST_CALLS, Q_HEADS, ROTATED_BYTES, replay_us
+from sdpa_reference import HEAD_DIM, KV_HEADS, Q_HEADS, call_us, num_kv_sets
 
 PAGE = 64
 GROUP = Q_HEADS // KV_HEADS
@@ -52,8 +52,8 @@ class Cell:
         self.name = f"kv {kv_len} c {rows} b {batch}"
         pages = kv_len // PAGE
         shape = (batch * pages, KV_HEADS, PAGE, HEAD_DIM)
-        calls = max(1, min(24, -(-ROTATED_BYTES // (batch * kv_len * KV_HEADS * HEAD_DIM * 4))))
-        self.kv = [tuple(torch.randn(shape, **OPTIONS) for _ in range(2)) for _ in range(calls)]
+        sets = range(num_kv_sets(kv_len, batch))
+        self.kv = [tuple(torch.randn(shape, **OPTIONS) for _ in range(2)) for _ in sets]
         self.table = torch.randperm(batch * pages, device="cuda", dtype=torch.int32)
         self.table = self.table.view(batch, pages)
         self.page_indptr = torch.arange(batch + 1, dtype=torch.int32) * pages
@@ -218,13 +218,7 @@ def peer_us(peers, peer, cell):
     if error > TOLERANCE:
         raise ValueError(f"off by {error:.3g} from plain torch")
 
-    calls = cell.kv * -(-LEAST_CALLS // len(cell.kv))
-
-    def body():
-        for k, v in calls:
-            call(k, v)
-
-    return replay_us(body) / len(calls)
+    return call_us(call, cell.kv)
 
 
 def main():

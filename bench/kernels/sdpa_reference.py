@@ -9,6 +9,7 @@ matrix-product peak. With --bench it prints both side by side.
 """
 
 import argparse
+import functools
 import json
 import statistics
 
@@ -47,26 +48,36 @@ def gemm_tflops(n=8192):
     return 2 * n**3 / replay_us(lambda: torch.mm(a, b, out=out), 30) * 1e-6
 
 
-def sdpa_us(kv_len, rows, batch):
+def num_kv_sets(kv_len, batch):
+    """As many sets of K and V as lie beyond the L2 together, within reason."""
     kv_bytes = batch * kv_len * KV_HEADS * HEAD_DIM * 4
-    calls = max(1, min(24, -(-ROTATED_BYTES // kv_bytes)))
-    repeats = -(-LEAST_CALLS // calls)
+    return max(1, min(24, -(-ROTATED_BYTES // kv_bytes)))
+
+
+def call_us(call, kv):
+    """Microseconds of call(k, v) over the sets in turn, in a graph of LEAST_CALLS at least."""
+    calls = kv * -(-LEAST_CALLS // len(kv))
+
+    def body():
+        for k, v in calls:
+            call(k, v)
+
+    return replay_us(body) / len(calls)
+
+
+def sdpa_us(kv_len, rows, batch):
     packed = rows * Q_HEADS // KV_HEADS
     options = {"device": "cuda", "dtype": torch.bfloat16}
     q = torch.randn(batch, KV_HEADS, packed, HEAD_DIM, **options)
     kv = [
         tuple(torch.randn(batch, KV_HEADS, kv_len, HEAD_DIM, **options) for _ in range(2))
-        for _ in range(calls)
+        for _ in range(num_kv_sets(kv_len, batch))
     ]
     best = float("inf")
     for backend in BACKENDS:
-
-        def body(backend=backend):
-            with sdpa_kernel(backend):
-                for k, v in kv * repeats:
-                    torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-        best = min(best, replay_us(body) / (calls * repeats))
+        with sdpa_kernel(backend):
+            attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, q)
+            best = min(best, call_us(attend, kv))
     return best
 
 
