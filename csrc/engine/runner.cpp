@@ -73,10 +73,7 @@ Runner::Runner(const Model& model, const EngineConfig& config)
       copies_(model.device()),
       plan_copied_(model.device()),
       results_copied_(model.device()),
-      rows_made_{StreamEvent(model.device(), true), StreamEvent(model.device(), true),
-                 StreamEvent(model.device(), true)},
-      timers_{StreamTimer(model.device()), StreamTimer(model.device()),
-              StreamTimer(model.device())},
+      marks_{Marks(model.device()), Marks(model.device()), Marks(model.device())},
       execution_{model.device(), &threads_, stream_.handle()},
       activations_(model.config(), config.max_num_batched_rows, config.max_num_seqs,
                    model.device()),
@@ -173,7 +170,7 @@ void Runner::launch(const Shape& shape) {
 // same values are written again.
 void Runner::upload(const StepPlan& plan) {
   if (!plan.is_ahead || buffers_.num_openings() > 0) return buffers_.upload(stream_);
-  copies_.wait(rows_made_[turn_ % kTurns]);
+  copies_.wait(marks_of(turn_).rows_made);
   buffers_.upload(copies_);
   plan_copied_.record(copies_);
   stream_.wait(plan_copied_);
@@ -193,7 +190,7 @@ void Runner::start(const StepPlan& plan) {
   build_rows(buffers_.build_rows_params(model_.config().mask_token_id, padded ? shape.rows : 0,
                                         padded ? shape.seqs : 0),
              execution_);
-  rows_made_[(plan.is_ahead ? turn_ + 1 : turn_) % kTurns].record(stream_);
+  marks_of(plan.is_ahead ? turn_ + 1 : turn_).rows_made.record(stream_);
   if (plan.is_ahead) {
     ahead_ = step;
     fetch(*step_);
@@ -207,7 +204,7 @@ void Runner::start(const StepPlan& plan) {
 
 // The step whose turn it is. On the CPU it is done then, and the next one's rows would overwrite it.
 void Runner::run(const Step& step) {
-  StreamTimer& timer = timers_[turn_ % kTurns];
+  StreamTimer& timer = marks_of(turn_).forward;
   timer.start(stream_);
   if (step.rows > 0) launch(shape_of(step.rows, step.seqs, step.logit_rows));
   timer.stop(stream_);
@@ -219,7 +216,7 @@ void Runner::run(const Step& step) {
 // Beside the next step's rows, if those may already be on their way.
 void Runner::fetch(const Step& step) {
   Stream& stream = config_.async_scheduling ? copies_ : stream_;
-  if (config_.async_scheduling) copies_.wait(timer_of(turn_).stopped());
+  if (config_.async_scheduling) copies_.wait(marks_of(turn_).forward.stopped());
   buffers_.download(stream, step.logit_rows);
   results_copied_.record(stream);
 }

@@ -45,13 +45,13 @@ class Runner {
   void forget_steps() noexcept;
   // Of the last finished step, on the device: its forward with unmask, what lies between that and
   // the one before, and of that, what lies before the step's rows are made.
-  double forward_ms() const { return timer_of(turn_ - 1).ms(); }
+  double forward_ms() const { return marks_of(turn_ - 1).forward.ms(); }
   double idle_ms() const {
-    return turn_ < 2 ? 0 : timer_of(turn_ - 1).ms_since(timer_of(turn_ - 2));
+    return turn_ < 2 ? 0 : marks_of(turn_ - 1).forward.ms_since(marks_of(turn_ - 2).forward);
   }
   double rows_ms() const {
     if (turn_ < 2) return 0;
-    return rows_made_[(turn_ - 1) % kTurns].ms_since(timer_of(turn_ - 2).stopped());
+    return marks_of(turn_ - 1).rows_made.ms_since(marks_of(turn_ - 2).forward.stopped());
   }
 
   // Rows of one sequence over the given pages, none before the first one's position; returns fp32
@@ -91,9 +91,14 @@ class Runner {
     int seqs = 0;
     int rows = 0, logit_rows = 0;
   };
-  // The step ahead, the one in progress and the one before, whose times are asked for.
-  static constexpr int kTurns = 3;
-  const StreamTimer& timer_of(uint64_t turn) const { return timers_[turn % kTurns]; }
+  // How far the stream is with a step.
+  struct Marks {
+    explicit Marks(Device device) : rows_made(device, true), forward(device) {}
+    StreamEvent rows_made;  // its plan has been used
+    StreamTimer forward;
+  };
+  Marks& marks_of(uint64_t turn) { return marks_[turn % marks_.size()]; }
+  const Marks& marks_of(uint64_t turn) const { return marks_[turn % marks_.size()]; }
   void upload(const StepPlan& plan);
   void run(const Step& step);
   void fetch(const Step& step);
@@ -110,8 +115,8 @@ class Runner {
   Stream stream_;
   Stream copies_;  // beside it: the next plan while a step runs, its results while rows are made
   StreamEvent plan_copied_, results_copied_;
-  std::array<StreamEvent, kTurns> rows_made_;  // of the steps in turn; then the plan has been used
-  std::array<StreamTimer, kTurns> timers_;     // of the steps in turn
+  // Of the step ahead, the one in progress and the one before, whose times are asked for.
+  std::array<Marks, 3> marks_;
   Execution execution_;
   Activations activations_;
   DecodeBuffers buffers_;
