@@ -67,6 +67,8 @@ Workspace layout_workspace(const BlockAttentionParams& params) {
   ws.left_rows = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t) * 2 * ws.num_shares));
   ws.items = reinterpret_cast<Item*>(take(sizeof(Item) * ws.max_items));
   ws.cost_offsets = reinterpret_cast<int*>(take(sizeof(int) * ws.max_items));
+  ws.next_pairs =
+      reinterpret_cast<int*>(take(sizeof(int) * kDealingWays * ws.max_items * params.num_kv_heads));
   ws.partial_ml = reinterpret_cast<float2*>(take(sizeof(float2) * partial_rows));
   ws.partial_out = reinterpret_cast<float*>(take(sizeof(float) * partial_rows * params.head_dim));
   return ws;

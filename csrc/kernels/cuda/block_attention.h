@@ -6,15 +6,20 @@
 //                              CTAs that had a part of it.
 //
 // The unit of work is a *tile*: kTileKeys keys of one KV head against one *item*, and an item is up
-// to kMaxPackedRows packed rows (row x GQA group) of one sequence. Tiles lie on a line of costs, item
-// by item, within an item KV head by KV head, within a head by key; share c is the tiles that begin
-// in the c-th equal interval of the line. A *piece* is the part of one (item, head) that lies in one
-// share: a share holds at most one piece that began in an earlier share (partial slot 0) and one that
-// goes on into a later share (partial slot 1); all pieces in between are whole and go straight to
-// the output, those of up to 64 packed rows two heads at a time where they lie side by side. What
-// cuts cost is mostly code that merges, fetched anew in every layer: so where dealing whole pairs to
-// the shares, from the longest to the shortest, leaves them about equal, pairs are not cut. That is
-// most steps of requests of similar length, and prompts, whose rows see few keys or many.
+// to kMaxPackedRows packed rows (row x GQA group) of one sequence. A *pair* is an item and a KV head,
+// a *piece* the part of a pair that lies in one share. Shares are made in one of three ways:
+//
+//   even   Pairs of one cost: as many whole ones for each share, or each in as many equal parts.
+//   dealt  Pairs of several costs: whole, from the longest to the shortest, each to the share that has
+//          least so far. Only those longer than a share are cut, and their parts come first.
+//   cut    Few pairs, where dealing would leave SMs without work: tiles lie on a line of costs, item
+//          by item, within an item KV head by KV head, within a head by key, and share c is the tiles
+//          that begin in the c-th equal interval of the line.
+//
+// What cuts cost is mostly code that merges, fetched anew in every layer. A share holds at most one
+// piece that began in an earlier share (partial slot 0) and one that goes on into a later share
+// (partial slot 1); all others are whole and go straight to the output, those of up to 64 packed rows
+// two heads at a time where they lie side by side.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,11 +31,22 @@ namespace optimus::cuda::attention {
 
 constexpr int kTileKeys = 64;
 constexpr int kMaxPackedRows = 128;
+constexpr int kDealingWays = 4;  // that the schedule tries where it deals pairs to the shares
 
 // What code runs an item: 0 to 3, for one, two, four and eight warps side by side to hold its rows.
 inline __host__ __device__ int kind_of(int packed) {
   return packed <= 16 ? 0 : packed <= 32 ? 1 : packed <= 64 ? 2 : 3;
 }
+
+// number / d, for number < 2^32 / d and the inverse of d: a division is twenty instructions.
+inline uint32_t inverse_of(int d) {
+  return d == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d);
+}
+#ifdef __CUDACC__
+__device__ __forceinline__ int divide(int number, uint32_t inverse) {
+  return inverse == 0 ? number : __umulhi(number, inverse);
+}
+#endif
 
 // A sequence's packed rows [packed_begin, packed_begin + packed_count).
 struct Item {
@@ -51,12 +67,13 @@ struct Merge {
   int first_share, num_parts;
 };
 
-// The tiles from `begin` to before `end`. From its first pair to the next it is steps[0] pairs,
-// from that one on steps[1], and so on in turn: 1, or more where pairs are dealt.
+// A first piece, and pairs behind it as Workspace::next_pairs has them, all before `end`: only the
+// pair that `end` lies in is not whole.
 struct Share {
   Item item;  // a copy of begin's, to start without another dependent load
   Position begin, end;
-  int steps[2];
+  int end_tile;          // of the first piece
+  int next_pair;         // behind it
   Merge earlier, later;  // of the piece that began in an earlier share, of one that ends in a later
 };
 
@@ -67,6 +84,9 @@ struct Workspace {
   uint32_t* left_rows;  // [num_shares * 2] by partial slot: not 0 while its rows wait to be merged
   Item* items;          // [max_items]
   int* cost_offsets;    // [max_items] where on the line the item begins
+  // [max_items * num_kv_heads] by pair: which comes behind it in its share. As many ints again for
+  // each further way that the schedule tries.
+  int* next_pairs;
   float2*
       partial_ml;  // [num_shares * 2, partial_rows] running max (of scores * scale * log2 e), sum
   float* partial_out;  // [num_shares * 2, partial_rows, head_dim] unnormalised sums

@@ -3,6 +3,8 @@
 // that needs no GPU checks that the shares hold every tile once and agree about their merges.
 #pragma once
 
+#include <climits>
+
 #include "kernels/cuda/block_attention.h"
 
 namespace optimus::cuda::attention {
@@ -12,25 +14,26 @@ inline __host__ __device__ int larger(int a, int b) { return a > b ? a : b; }
 
 // ------------------------------------------------------------------------------------------- costs
 
-// What items cost, by kind_of(): a tile, a piece beside its tiles (loading Q, merging and writing
-// its rows), and the ends of a share, where pairs are cut (writing sums, waiting, merging). In
-// units of about 60 cycles, fitted to the times of CTAs in steps of many kinds. An int holds the
-// line as long as pairs times tiles stay below 45 million: 2,048 pairs of 1.4 million keys.
+// What items cost, by kind_of(): a tile, a piece beside its tiles (loading Q, merging the warps that
+// hold copies and writing its rows), merging its parts if it is one, and both ends of a share where
+// all pairs are cut (writing sums, waiting, merging). In units of about 60 cycles, fitted to the times
+// of CTAs in steps of many kinds. An int holds the line as long as pairs times tiles stay below 45
+// million: 2,048 pairs of 1.4 million keys.
 // `cutting` is what all that adds to a layer of a whole step, where kernels in between have
 // displaced the code that merges: fitted to the times of such steps, cut and dealt.
 struct Cost {
-  int tile, piece, ends, cutting;
+  int tile, piece, merging, ends, cutting;
 };
 inline __host__ __device__ Cost cost_of(int kind, bool memory_bound) {
   switch (kind) {
     case 0:
-      return {memory_bound ? 24 : 15, memory_bound ? 35 : 55, 50, 100};
+      return {memory_bound ? 23 : 15, memory_bound ? 35 : 55, 40, 50, 100};
     case 1:
-      return {memory_bound ? 25 : 15, memory_bound ? 45 : 65, 60, 250};
+      return {memory_bound ? 25 : 15, memory_bound ? 45 : 65, 50, 60, 250};
     case 2:
-      return {memory_bound ? 31 : 18, memory_bound ? 40 : 72, 140, 390};
+      return {memory_bound ? 35 : 18, memory_bound ? 40 : 72, 100, 140, 390};
     default:
-      return {memory_bound ? 28 : 25, memory_bound ? 80 : 62, 280, 360};
+      return {memory_bound ? 28 : 25, memory_bound ? 80 : 62, 220, 280, 360};
   }
 }
 // A tile of head_dim 128 at the bandwidth of the memory, when every SM reads.
@@ -55,14 +58,20 @@ struct HeadLoad {
   int arithmetic;    // of all items, memory aside
 };
 
+inline __host__ __device__ int memory_cost(HeadLoad load, int head_dim) {
+  return load.unique_tiles * (kMemoryTileCost * head_dim / 128);
+}
+inline __host__ __device__ bool is_memory_bound(HeadLoad load, int head_dim) {
+  return memory_cost(load, head_dim) > load.arithmetic;
+}
+
 // For a step of several kinds. When the memory is the limit, tiles of all kinds take about as long,
 // for SMs read equally fast; and the more a kind loses at the ends of a share, the shorter its
 // shares.
 inline __host__ __device__ PairCost fitted_cost(int kind, HeadLoad load, int num_kv_heads,
                                                 int head_dim, int num_shares) {
-  const int memory = load.unique_tiles * (kMemoryTileCost * head_dim / 128);
-  const Cost cost = cost_of(kind, memory > load.arithmetic);
-  const int all = larger(memory, load.arithmetic) * num_kv_heads;
+  const Cost cost = cost_of(kind, is_memory_bound(load, head_dim));
+  const int all = larger(memory_cost(load, head_dim), load.arithmetic) * num_kv_heads;
   const int share = larger(all / num_shares, 3 * cost.ends);
   const float factor = static_cast<float>(share) / (share - cost.ends);
   return {static_cast<int>(cost.tile * factor + 0.5f),
@@ -142,8 +151,9 @@ inline __host__ __device__ Share cut_share(const Line& line, Cut cut, int c) {
     Item last;
     share.begin = locate(line, begin, share.item);
     share.end = {line.num_pairs(), 0};
-    share.steps[0] = share.steps[1] = 1;
     if (end < line.length) share.end = locate(line, end, last);
+    share.end_tile = share.begin.pair == share.end.pair ? share.end.tile : share.item.num_tiles;
+    share.next_pair = share.begin.pair + 1;
     if (share.begin.tile > 0) share.earlier = merge_of(line, cut, share.item, share.begin);
     if (share.end.tile > 0) share.later = merge_of(line, cut, last, share.end);
   }
@@ -203,40 +213,114 @@ inline __host__ __device__ Share even_share(const Line& line, Even even, int c) 
     int tiles = share.item.num_tiles;
     share.begin = {pair, part * tiles / parts};
     share.end = {smaller(pair + pairs, num_pairs), 0};
-    if (part + 1 < parts) share.end = {pair, (part + 1) * tiles / parts};
-    share.steps[0] = share.steps[1] = 1;
+    share.end_tile = (part + 1) * tiles / parts;
+    share.next_pair = pair + 1;
     share.earlier = share.later = {c - part, parts};
   }
   return share;
 }
 
-// ------------------------------------------------------------------------------ whole pairs, dealt
+// ------------------------------------------------------------------------------------ pairs, dealt
 
-// The pairs sorted by falling cost and dealt to the shares, there and back: share c's pair of a
-// round.
-inline __host__ __device__ int dealt_pair(int round, int c, int num_shares) {
-  return round * num_shares + (round % 2 == 0 ? c : num_shares - 1 - c);
-}
+// Whole pairs, from the longest to the shortest, go to the share that has least so far, which leaves
+// the shares about equal (R. Graham, Bounds on multiprocessing timing anomalies, 1969). A few dealers
+// do so by turns, each with shares of its own: share c is dealer c % kDealers's. Pairs that are too
+// long for that are cut: with each of their parts a share begins. How long is too long is tried in
+// kDealingWays.
+constexpr int kDealers = 4;
 
-// How much longer than a part of the line the longest share may be where whole pairs are dealt:
-// then cutting would cost as much. `kinds`: a bit each.
-inline __host__ __device__ int worth_of_cutting(uint32_t kinds, int num_pairs, int num_shares) {
+// How long the longest share may be where pairs are dealt, `part` being the line in equal parts: then
+// cutting all of them would cost as much. `kinds`: a bit each.
+inline __host__ __device__ int longest_dealt(int part, uint32_t kinds, int num_pairs,
+                                             int num_shares) {
   // Of several kinds, the one whose cuts cost most.
   const int kind = kinds >= 8 ? 3 : kinds >= 4 ? 2 : kinds >= 2 ? 1 : 0;
   // Fewer pairs than SMs: those that read have more of the memory's bandwidth.
   constexpr int kFaster = 80;
-  return cost_of(kind, true).cutting + (num_pairs <= num_shares ? kFaster : 0);
+  return part + cost_of(kind, true).cutting + (num_pairs <= num_shares ? kFaster : 0);
 }
 
-// `first`: the item of share c's first pair.
-inline __host__ __device__ Share dealt_share(const Item& first, int num_pairs, int num_shares,
+// What whole pairs cost there.
+inline __host__ __device__ PairCost dealt_cost(int kind, HeadLoad load, int head_dim) {
+  const Cost cost = cost_of(kind, is_memory_bound(load, head_dim));
+  return {cost.tile, cost.piece};
+}
+
+// Pairs longer than this are cut; `part`: of all pairs, for each share.
+inline __host__ __device__ int longest_pair(int way, int part) {
+  return way == 0 ? INT_MAX : part / 8 * (7 + kDealingWays - way) + part % 8 + 1;
+}
+
+// How many parts the item's pairs are in, none longer than `longest` if tiles are enough.
+inline __host__ __device__ int parts_of(const PairCost* costs, const Item& item, int longest) {
+  const int parts = (pair_cost(costs, item) - 1) / longest + 1;
+  return larger(1, smaller(parts, item.num_tiles / 2));
+}
+// Of the longest.
+inline __host__ __device__ int part_cost(const PairCost* costs, const Item& item, int parts) {
+  const int kind = kind_of(item.packed_count), tiles = (item.num_tiles + parts - 1) / parts;
+  return costs[kind].piece + costs[kind].tile * tiles + cost_of(kind, true).merging;
+}
+
+// What a share begins with: a part of a pair that is cut, or nothing.
+struct CutPart {
+  int pair = 0, part = 0, parts = 0, cost = 0;
+};
+struct CutPairs {
+  CutPart part;     // of the share
+  int first_whole;  // of all pairs, counted by falling cost
+  bool fit;         // the parts of those before
+};
+// `item_of(rank)`: the items by falling cost.
+template <class ItemOf>
+inline __host__ __device__ CutPairs cut_long_pairs(int c, const ItemOf& item_of, int num_items,
+                                                   const PairCost* costs, int longest,
+                                                   int num_kv_heads, int num_shares) {
+  CutPairs cut = {};
+  int rank = 0, num_parts = 0;
+  for (cut.fit = true; rank < num_items; ++rank) {
+    const Item& item = item_of(rank);
+    const int parts = parts_of(costs, item, longest), place = c - num_parts;
+    if (parts == 1) break;
+    num_parts += parts * num_kv_heads;
+    // Where pairs are few, SMs would be left without work.
+    cut.fit = num_parts <= num_shares && 2 * num_items * num_kv_heads > num_shares;
+    if (!cut.fit) break;
+    if (place >= 0 && c < num_parts) {
+      cut.part = {rank * num_kv_heads + place / parts, place % parts, parts,
+                  part_cost(costs, item, parts)};
+    }
+  }
+  cut.first_whole = rank * num_kv_heads;
+  return cut;
+}
+
+// The share whose number is least has least so far; whose load is a multiple of 4, below 2^24.
+inline __host__ __device__ uint32_t dealing_order(int load, int share) {
+  return static_cast<uint32_t>(load) / 4 << 10 | static_cast<uint32_t>(share);
+}
+inline __host__ __device__ int load_of(uint32_t order) { return order >> 10 << 2; }
+
+// A share that was dealt pairs: they are chained from `last_pair`, the last and shortest, to the first.
+// `end`: the number of pairs, where chains end.
+inline __host__ __device__ Share dealt_share(const CutPart& part, int last_pair,
+                                             const int* next_pairs, const Item& item, int end,
                                              int c) {
   Share share = {};
-  share.item = first;
-  share.begin = {c, 0};
-  share.end = {num_pairs, 0};
-  share.steps[0] = 2 * (num_shares - 1 - c) + 1;
-  share.steps[1] = 2 * c + 1;
+  if (part.parts > 0) {
+    share.begin = {part.pair, part.part * item.num_tiles / part.parts};
+    share.end_tile = (part.part + 1) * item.num_tiles / part.parts;
+    share.next_pair = last_pair;
+    share.earlier = share.later = {c - part.part, part.parts};
+  } else if (last_pair < end) {
+    share.begin = {last_pair, 0};
+    share.end_tile = item.num_tiles;
+    share.next_pair = next_pairs[last_pair];
+  } else {
+    return share;
+  }
+  share.item = item;
+  share.end = {end, 0};
   return share;
 }
 

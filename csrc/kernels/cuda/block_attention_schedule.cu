@@ -19,6 +19,7 @@ struct ScheduleArgs {
   const int32_t* kv_limits;
   const int32_t* positions;
   int num_seqs, group, num_kv_heads, head_dim;
+  uint32_t kv_heads_inverse;  // for divide()
   Workspace ws;
 };
 
@@ -30,11 +31,13 @@ struct Scratch {
   int seqs[kThreads];  // of the chunk, by kind; or, where pairs are dealt, items by falling cost
   int cost_offsets[kCachedItems];
   Item items[kCachedItems];
-  int least_cost, largest_cost;  // of a pair
-  int largest_dealt;             // cost of a share
+  int least_cost, largest_cost;     // of a pair
+  int largest_dealt[kDealingWays];  // cost of a share
+  int dealt_cost;                   // of a pair of each item
   HeadLoad load;
-  PairCost costs[4];  // by kind
-  uint32_t kinds;     // of all sequences, a bit each
+  PairCost costs[4];    // by kind, on the line
+  PairCost dealing[4];  // where pairs are dealt
+  uint32_t kinds;       // of all sequences, a bit each
 };
 
 // Exclusive prefix sum over the CTA; `total` gets the sum. Two barriers.
@@ -86,12 +89,9 @@ __device__ void sort_by_kind(Scratch& scratch, int seq, int kind) {
   __syncthreads();
 }
 
-struct Listed {
-  int num_items, length;  // of the line
-};
-
-// Writes all items and their cost offsets. `sorted`: sequences of a kind one behind another.
-__device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool sorted) {
+// Writes all items and their cost offsets, and what the line comes to. `by_kind`: sequences of a kind one
+// behind another.
+__device__ void list_items(const ScheduleArgs& args, Scratch& scratch, bool by_kind, Line& line) {
   int tid = threadIdx.x, length = 0, num_items = 0;
   for (int first_seq = 0; first_seq < args.num_seqs; first_seq += kThreads) {
     const auto rows_of = [&](int seq, int& begin) {
@@ -99,7 +99,7 @@ __device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool so
       return seq < args.num_seqs ? (args.cu_seqlens_q[seq + 1] - begin) * args.group : 0;
     };
     int seq = first_seq + tid, begin, packed = rows_of(seq, begin);
-    if (sorted) {
+    if (by_kind) {
       sort_by_kind(scratch, seq, kind_of(packed));
       seq = scratch.seqs[tid];
       packed = rows_of(seq, begin);
@@ -117,7 +117,7 @@ __device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool so
       if (index < chunk_items) {
         int seq_in_chunk = last_not_above(scratch.item_offsets, kThreads, index);
         item = make_item(args, scratch, seq_in_chunk,
-                         sorted ? scratch.seqs[seq_in_chunk] : first_seq + seq_in_chunk,
+                         by_kind ? scratch.seqs[seq_in_chunk] : first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
         cost = pair_cost(scratch.costs, item) * args.num_kv_heads;
         atomicMin(&scratch.least_cost, pair_cost(scratch.costs, item));
@@ -145,21 +145,24 @@ __device__ Listed list_items(const ScheduleArgs& args, Scratch& scratch, bool so
     num_items += chunk_items;
     __syncthreads();
   }
-  return {num_items, length};
+  line.num_items = num_items;
+  line.length = length;
 }
 
-// Whether dealing whole pairs leaves no share so far above `part`, the line in equal parts, that
-// cutting would be worth its cost. Then the items in the workspace are sorted, and scratch.seqs has
-// their places on the line.
-__device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, int part) {
+// The items by falling cost: scratch.seqs has their places on the line. Returns their costs; ends with a
+// barrier.
+__device__ const int* sort_by_cost(Scratch& scratch, int num_items) {
   int *costs_on_line = scratch.row_begin, *sorted = scratch.packed_rows;
-  const int tid = threadIdx.x, num_pairs = num_items * args.num_kv_heads;
-  if (tid < num_items) costs_on_line[tid] = pair_cost(scratch.costs, scratch.items[tid]);
+  const int tid = threadIdx.x;
+  if (tid < num_items) {
+    costs_on_line[tid] = pair_cost(scratch.dealing, scratch.items[tid]);
+    atomicAdd(&scratch.dealt_cost, costs_on_line[tid]);
+  }
   __syncthreads();
   if (tid < num_items) {
     const int cost = costs_on_line[tid];
     int rank = 0;
-#pragma unroll 8
+#pragma unroll 4
     for (int i = 0; i < num_items; ++i) {
       rank += costs_on_line[i] > cost || (costs_on_line[i] == cost && i < tid);
     }
@@ -167,18 +170,82 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, 
     scratch.seqs[rank] = tid;
   }
   __syncthreads();
-  if (tid < args.ws.num_shares) {
-    int total = 0;
-    for (int round = 0; round * args.ws.num_shares < num_pairs; ++round) {
-      const int pair = dealt_pair(round, tid, args.ws.num_shares);
-      if (pair < num_pairs) total += sorted[pair / args.num_kv_heads];
+  return sorted;
+}
+
+constexpr int kMaxDealtShares = kThreads / kDealingWays;
+
+// A dealer, which is a warp, deals every kDealers-th pair from `first` on. `costs`: of items. `orders`,
+// of all shares, become the last pairs that they have.
+__device__ void deal_pairs(const ScheduleArgs& args, uint32_t* orders, int dealer, int first,
+                           const int* costs, int num_pairs, int* next_pairs, int* largest) {
+  // A lane has two of the shares, `below` and `above`.
+  const int below = threadIdx.x % 32 * kDealers + dealer, above = below + 32 * kDealers;
+  uint32_t order_below = orders[below], order_above = orders[above];
+  int last_below = num_pairs, last_above = num_pairs;
+#pragma unroll 1
+  for (int pair = first + dealer; pair < num_pairs; pair += kDealers) {
+    const uint32_t more = dealing_order(costs[divide(pair, args.kv_heads_inverse)], 0);
+    const uint32_t least = __reduce_min_sync(~0u, min(order_below, order_above));
+    const bool is_below = order_below == least, is_above = order_above == least;
+    if (is_below || is_above) next_pairs[pair] = is_below ? last_below : last_above;
+    last_below = is_below ? pair : last_below;
+    last_above = is_above ? pair : last_above;
+    order_below += is_below ? more : 0;
+    order_above += is_above ? more : 0;
+  }
+  int load = below < args.ws.num_shares ? load_of(order_below) : 0;
+  if (above < args.ws.num_shares) load = max(load, load_of(order_above));
+  atomicMax(largest, load);
+  orders[below] = last_below;
+  orders[above] = last_above;
+}
+
+// Whether pairs can be dealt so that no share is much longer than the others. Then shares and items
+// are written. Where some pairs are too long, several ways to cut them are tried at once.
+__device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) {
+  const int num_shares = args.ws.num_shares, num_heads = args.num_kv_heads;
+  const int tid = threadIdx.x, num_pairs = num_items * num_heads;
+  if (num_shares < kDealers || num_shares > kMaxDealtShares) return false;
+  if (tid < 4) scratch.dealing[tid] = dealt_cost(tid, scratch.load, args.head_dim);
+  __syncthreads();
+  const int* costs = sort_by_cost(scratch, num_items);
+  const int part = scratch.dealt_cost * num_heads / num_shares;
+  const auto item_of = [&](int rank) -> const Item& { return scratch.items[scratch.seqs[rank]]; };
+  // A thread for each share in each way.
+  const int way = tid / kMaxDealtShares, c = tid % kMaxDealtShares;
+  const CutPairs cut = cut_long_pairs(c, item_of, num_items, scratch.dealing,
+                                      longest_pair(way, part), num_heads, num_shares);
+  uint32_t* orders = reinterpret_cast<uint32_t*>(scratch.item_offsets);
+  orders[tid] = c < num_shares ? dealing_order(cut.part.cost, c) : UINT32_MAX;
+  __syncthreads();
+  const int dealer = c / 32,
+            num_ways = costs[0] >= longest_pair(kDealingWays - 1, part) ? kDealingWays : 1;
+  if (dealer < kDealers && way < num_ways) {
+    if (cut.fit) {
+      deal_pairs(args, orders + way * kMaxDealtShares, dealer, cut.first_whole, costs, num_pairs,
+                 args.ws.next_pairs + static_cast<size_t>(way) * num_pairs,
+                 &scratch.largest_dealt[way]);
+    } else {
+      scratch.largest_dealt[way] = INT_MAX;
     }
-    atomicMax(&scratch.largest_dealt, total);
   }
   __syncthreads();
-  const int worth = worth_of_cutting(scratch.kinds, num_pairs, args.ws.num_shares);
-  if (scratch.largest_dealt > part + worth) return false;
-  if (tid < num_items) args.ws.items[tid] = scratch.items[scratch.seqs[tid]];
+  int best = 0;
+  for (int other = 1; other < num_ways; ++other) {
+    if (scratch.largest_dealt[other] < scratch.largest_dealt[best]) best = other;
+  }
+  if (scratch.largest_dealt[best] > longest_dealt(part, scratch.kinds, num_pairs, num_shares)) {
+    return false;
+  }
+  if (tid < num_items) args.ws.items[tid] = item_of(tid);
+  const int* next_pairs = args.ws.next_pairs + static_cast<size_t>(best) * num_pairs;
+  if (way == best && c < num_shares) {
+    const int last_pair = orders[tid], pair = cut.part.parts > 0 ? cut.part.pair : last_pair;
+    const Item& item = item_of(min(pair / num_heads, num_items - 1));
+    args.ws.shares[c] = dealt_share(cut.part, last_pair, next_pairs, item, num_pairs, c);
+  }
+  for (int i = tid; best > 0 && i < num_pairs; i += kThreads) args.ws.next_pairs[i] = next_pairs[i];
   return true;
 }
 
@@ -186,11 +253,12 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items, 
 __device__ void clear(Scratch& scratch) {
   if (threadIdx.x == 0) {
     scratch.least_cost = INT_MAX;
-    scratch.largest_cost = scratch.largest_dealt = 0;
+    scratch.largest_cost = scratch.dealt_cost = 0;
     scratch.load.unique_tiles = scratch.load.arithmetic = 0;
     scratch.kinds = 0;
   }
   if (threadIdx.x < 4) scratch.costs[threadIdx.x] = plain_cost(threadIdx.x);
+  if (threadIdx.x < kDealingWays) scratch.largest_dealt[threadIdx.x] = 0;
   __syncthreads();
 }
 
@@ -198,43 +266,38 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   __shared__ Scratch scratch;
   wait_until_previous_is_done();
   clear(scratch);
-  // Code is slow to fetch: a share should meet few kinds of items. So where there are several, once
-  // more; steps of one kind are common, and short.
-  Listed listed;
-  bool sorted = false;
+  const int num_shares = args.ws.num_shares;
+  Line line = {scratch.items, scratch.cost_offsets, scratch.costs, 0, args.num_kv_heads, 0};
+  Even even;
+  bool dealt = false;
+  // Code is slow to fetch: where pairs are cut, a share should meet few kinds of items, so once more.
 #pragma unroll 1
-  while (true) {
-    listed = list_items(args, scratch, sorted);
-    if (sorted || __popc(scratch.kinds) <= 1) break;
+  for (bool by_kind = false;; by_kind = true) {
+    list_items(args, scratch, by_kind, line);
+    if (by_kind) break;
+    const bool several = __popc(scratch.kinds) > 1;
+    if (!several && scratch.least_cost == scratch.largest_cost) even = cut_evenly(line, num_shares);
+    dealt = !even.used() && line.num_items <= kCachedItems && deal(args, scratch, line.num_items);
+    if (even.used() || dealt || !several) break;
     if (threadIdx.x < 4) {
-      scratch.costs[threadIdx.x] = fitted_cost(threadIdx.x, scratch.load, args.num_kv_heads,
-                                               args.head_dim, args.ws.num_shares);
+      scratch.costs[threadIdx.x] =
+          fitted_cost(threadIdx.x, scratch.load, args.num_kv_heads, args.head_dim, num_shares);
     }
-    sorted = true;
     __syncthreads();
   }
-  Line line = {scratch.items,    scratch.cost_offsets, scratch.costs,
-               listed.num_items, args.num_kv_heads,    listed.length};
   if (line.num_items > kCachedItems) {
     line.items = args.ws.items;
     line.offsets = args.ws.cost_offsets;
   }
-  const int num_shares = args.ws.num_shares;
-  const bool equal = !sorted && scratch.least_cost == scratch.largest_cost;
-  const Even even = equal ? cut_evenly(line, num_shares) : Even{};
   const Cut cut = cut_line(line.length, num_shares);
-  const bool dealt = !even.used() && line.num_items <= kCachedItems &&
-                     deal(args, scratch, line.num_items, cut.least);
+  if (!dealt) {
+    for (int pair = threadIdx.x; pair < line.num_pairs(); pair += kThreads) {
+      args.ws.next_pairs[pair] = pair + 1;
+    }
+  }
   for (int c = threadIdx.x; c < num_shares; c += kThreads) {
-    if (even.used()) {
-      args.ws.shares[c] = even_share(line, even, c);
-    } else if (!dealt) {
-      args.ws.shares[c] = cut_share(line, cut, c);
-    } else if (c < line.num_pairs()) {
-      const Item& first = scratch.items[scratch.seqs[c / args.num_kv_heads]];
-      args.ws.shares[c] = dealt_share(first, line.num_pairs(), num_shares, c);
-    } else {
-      args.ws.shares[c] = {};
+    if (!dealt) {
+      args.ws.shares[c] = even.used() ? even_share(line, even, c) : cut_share(line, cut, c);
     }
     args.ws.arrivals[c] = args.ws.left_rows[2 * c] = args.ws.left_rows[2 * c + 1] = 0;
   }
@@ -254,6 +317,7 @@ void launch_schedule(const BlockAttentionParams& params, const Workspace& ws, cu
                        params.num_q_heads / params.num_kv_heads,
                        params.num_kv_heads,
                        params.head_dim,
+                       inverse_of(params.num_kv_heads),
                        ws};
   launch(schedule_kernel, {dim3(1), dim3(kThreads)}, stream, args);
 }

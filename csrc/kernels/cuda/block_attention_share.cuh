@@ -110,13 +110,6 @@ __device__ __forceinline__ T load_past_l1(const T* from) {
   return value;
 }
 
-// number / d, for number < 2^32 / d and the inverse of d: a division is twenty instructions.
-inline uint32_t inverse_of(int d) {
-  return d == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d);
-}
-__device__ __forceinline__ int divide(int number, uint32_t inverse) {
-  return inverse == 0 ? number : __umulhi(number, inverse);
-}
 __device__ __forceinline__ int row_of(const AttentionArgs& args, int packed) {
   return divide(packed, args.group_inverse);
 }
@@ -134,32 +127,25 @@ struct Piece {
   Item following;  // of the next piece, loaded ahead where that is another
   Position at;     // at.tile: the first of the piece
   int head, end_tile;
-  bool two_heads;  // of two pairs at once, whole ones of this head and the next
-  Position end;    // of the share
-  int step, step_after;
+  bool two_heads;             // of two pairs at once, whole ones of this head and the next
+  Position end;               // of the share
+  int next_pair, pair_after;  // behind the piece; behind that, loaded ahead
 
   __device__ Piece(const AttentionArgs& args, const Share& share)
-      : item(share.item),
-        at(share.begin),
-        end(share.end),
-        step(share.steps[0]),
-        step_after(share.steps[1]) {
+      : item(share.item), at(share.begin), end(share.end), next_pair(share.next_pair) {
     enter(args);
+    end_tile = share.end_tile;
   }
   __device__ bool valid() const { return is_before_end(at); }
   __device__ bool whole() const { return at.tile == 0 && end_tile == item.num_tiles; }
   __device__ void next(const AttentionArgs& args) {
-    const int next_pair = at.pair + step + two_heads;
     if (!is_before_end({next_pair, 0})) {
       at = end;
       return;
     }
-    const int item_idx = item_of(args, at.pair);
+    if (item_of(args, at.pair) != item_of(args, next_pair)) item = following;
     at = {next_pair, 0};
-    if (item_of(args, at.pair) != item_idx) item = following;
-    const int taken = step;
-    step = step_after;
-    step_after = taken;
+    next_pair = pair_after;
     enter(args);
   }
 
@@ -170,16 +156,23 @@ struct Piece {
   __device__ bool is_before_end(Position position) const {
     return position.pair < end.pair || (position.pair == end.pair && position.tile < end.tile);
   }
+  // The pair behind next_pair, if that is one of the share.
+  __device__ void look_ahead(const AttentionArgs& args) {
+    if (is_before_end({next_pair, 0})) pair_after = __ldcg(args.ws.next_pairs + next_pair);
+  }
   __device__ void enter(const AttentionArgs& args) {
     const int item_idx = item_of(args, at.pair);
     head = at.pair - item_idx * args.num_kv_heads;
     end_tile = at.pair == end.pair ? end.tile : item.num_tiles;
-    // Where pairs are dealt, the share's next is another one.
-    two_heads = kind_of(item.packed_count) < 3 && at.tile == 0 && at.pair + 1 < end.pair &&
-                head + 1 < args.num_kv_heads && step + step_after == 2;
-    const int next_pair = at.pair + step + two_heads, next_idx = item_of(args, next_pair);
-    if (next_idx != item_idx && is_before_end({next_pair, 0})) {
-      following = load_past_l1(&args.ws.items[next_idx]);
+    look_ahead(args);
+    two_heads = kind_of(item.packed_count) < 3 && at.tile == 0 && next_pair == at.pair + 1 &&
+                next_pair < end.pair && head + 1 < args.num_kv_heads;
+    if (two_heads) {
+      next_pair = pair_after;
+      look_ahead(args);
+    }
+    if (is_before_end({next_pair, 0}) && item_of(args, next_pair) != item_idx) {
+      following = load_past_l1(&args.ws.items[item_of(args, next_pair)]);
     }
   }
 };

@@ -20,7 +20,7 @@ struct Sequence {
 struct Step {
   std::vector<Item> items;
   std::vector<int> offsets;
-  PairCost costs[4];
+  PairCost costs[4], dealing[4];
   uint32_t kinds = 0;
   int num_kv_heads, num_shares;
   int length = 0;
@@ -45,6 +45,7 @@ struct Step {
       kinds |= 1u << kind_of(packed);
     }
     const bool several = (kinds & (kinds - 1)) != 0;
+    for (int kind = 0; kind < 4; ++kind) dealing[kind] = dealt_cost(kind, load, 128);
     for (int kind = 0; kind < 4; ++kind) {
       costs[kind] =
           several ? fitted_cost(kind, load, num_kv_heads, 128, num_shares) : plain_cost(kind);
@@ -81,29 +82,32 @@ bool is_before(Position a, Position b) {
 
 // The parts of every pair, share by share, as a CTA walks them.
 std::vector<std::vector<Part>> walk(const std::vector<Item>& items, int num_kv_heads,
-                                    const std::vector<Share>& shares) {
+                                    const std::vector<Share>& shares,
+                                    const std::vector<int>& next_pairs) {
   std::vector<std::vector<Part>> parts(items.size() * num_kv_heads);
   for (size_t c = 0; c < shares.size(); ++c) {
     const Share& share = shares[c];
-    Position at = share.begin;
-    for (int taken = 0; is_before(at, share.end); ++taken) {
-      const Item& item = items[at.pair / num_kv_heads];
-      if (taken == 0) {
-        EXPECT_EQ(share.item.seq, item.seq);
-        EXPECT_EQ(share.item.packed_begin, item.packed_begin);
-      }
-      const int end = at.pair == share.end.pair ? share.end.tile : item.num_tiles;
+    if (!is_before(share.begin, share.end)) continue;
+    const Item& first = items[share.begin.pair / num_kv_heads];
+    EXPECT_EQ(share.item.seq, first.seq);
+    EXPECT_EQ(share.item.packed_begin, first.packed_begin);
+    const auto add = [&](Position at, int end) {
       parts[at.pair].push_back(
           {static_cast<int>(c), at.tile, end, at.tile > 0 ? share.earlier : share.later});
-      at = {at.pair + share.steps[taken % 2], 0};
+    };
+    add(share.begin, share.end_tile);
+    for (int pair = share.next_pair; is_before({pair, 0}, share.end); pair = next_pairs[pair]) {
+      add({pair, 0},
+          pair == share.end.pair ? share.end.tile : items[pair / num_kv_heads].num_tiles);
+      if (parts[pair].size() > shares.size()) return parts;  // an endless chain
     }
   }
   return parts;
 }
 
 void expect_every_tile_once(const std::vector<Item>& items, int num_kv_heads,
-                            const std::vector<Share>& shares) {
-  const auto parts = walk(items, num_kv_heads, shares);
+                            const std::vector<Share>& shares, const std::vector<int>& next_pairs) {
+  const auto parts = walk(items, num_kv_heads, shares, next_pairs);
   for (size_t pair = 0; pair < parts.size(); ++pair) {
     SCOPED_TRACE(::testing::Message() << "pair " << pair << " of " << parts.size());
     int next = 0;
@@ -121,38 +125,80 @@ void expect_every_tile_once(const std::vector<Item>& items, int num_kv_heads,
   }
 }
 
+int dealt_part(const Step& step) {
+  int cost = 0;
+  for (const Item& item : step.items) cost += pair_cost(step.dealing, item);
+  return cost * step.num_kv_heads / step.num_shares;
+}
+
+struct Dealt {
+  std::vector<Item> items;  // in the order that pairs are counted in
+  std::vector<Share> shares;
+  std::vector<int> next_pairs;
+  int largest = 0;  // cost of a share
+};
+
+// As the schedule does, one dealer after the other. No shares: the parts do not fit.
+Dealt deal(const Step& step, int way) {
+  const int heads = step.num_kv_heads, num_pairs = step.line().num_pairs();
+  Dealt dealt;
+  dealt.items = step.items;
+  dealt.next_pairs.resize(num_pairs, -1);
+  std::stable_sort(dealt.items.begin(), dealt.items.end(), [&](const Item& a, const Item& b) {
+    return pair_cost(step.dealing, a) > pair_cost(step.dealing, b);
+  });
+  const auto item_of = [&](int rank) -> const Item& { return dealt.items[rank]; };
+  std::vector<CutPairs> cut;
+  std::vector<uint32_t> orders;
+  for (int c = 0; c < step.num_shares; ++c) {
+    cut.push_back(cut_long_pairs(c, item_of, static_cast<int>(dealt.items.size()), step.dealing,
+                                 longest_pair(way, dealt_part(step)), heads, step.num_shares));
+    orders.push_back(dealing_order(cut[c].part.cost, c));
+  }
+  if (!cut[0].fit || step.num_shares < kDealers) return dealt;
+  std::vector<int> last_pairs(step.num_shares, num_pairs);
+  for (int pair = cut[0].first_whole; pair < num_pairs; ++pair) {
+    int least = (pair - cut[0].first_whole) % kDealers;
+    for (int c = least; c < step.num_shares; c += kDealers) {
+      if (orders[c] < orders[least]) least = c;
+    }
+    dealt.next_pairs[pair] = last_pairs[least];
+    last_pairs[least] = pair;
+    orders[least] += dealing_order(pair_cost(step.dealing, dealt.items[pair / heads]), 0);
+  }
+  for (int c = 0; c < step.num_shares; ++c) {
+    const int first = cut[c].part.parts > 0 ? cut[c].part.pair : last_pairs[c];
+    const Item& item = dealt.items[std::min<size_t>(first / heads, dealt.items.size() - 1)];
+    dealt.shares.push_back(
+        dealt_share(cut[c].part, last_pairs[c], dealt.next_pairs.data(), item, num_pairs, c));
+    dealt.largest = std::max(dealt.largest, load_of(orders[c]));
+  }
+  return dealt;
+}
+
 // The three ways, those that the step allows.
 void check(const Step& step) {
   const Line line = step.line();
   std::vector<Share> shares(step.num_shares);
+  std::vector<int> next_pairs(line.num_pairs());
+  for (int pair = 0; pair < line.num_pairs(); ++pair) next_pairs[pair] = pair + 1;
   const Cut cut = cut_line(line.length, step.num_shares);
   for (int c = 0; c < step.num_shares; ++c) shares[c] = cut_share(line, cut, c);
   {
     SCOPED_TRACE("cut");
-    expect_every_tile_once(step.items, step.num_kv_heads, shares);
+    expect_every_tile_once(step.items, step.num_kv_heads, shares, next_pairs);
   }
   const Even even = step.is_equal() ? cut_evenly(line, step.num_shares) : Even{};
   if (even.used()) {
     SCOPED_TRACE(::testing::Message() << even.pairs << " pairs, " << even.parts << " parts");
     for (int c = 0; c < step.num_shares; ++c) shares[c] = even_share(line, even, c);
-    expect_every_tile_once(step.items, step.num_kv_heads, shares);
+    expect_every_tile_once(step.items, step.num_kv_heads, shares, next_pairs);
   }
-  std::vector<Item> sorted = step.items;
-  std::stable_sort(sorted.begin(), sorted.end(), [&](const Item& a, const Item& b) {
-    return pair_cost(step.costs, a) > pair_cost(step.costs, b);
-  });
-  for (int c = 0; c < step.num_shares; ++c) {
-    shares[c] = c < line.num_pairs() ? dealt_share(sorted[c / step.num_kv_heads], line.num_pairs(),
-                                                   step.num_shares, c)
-                                     : Share{};
-  }
-  SCOPED_TRACE("dealt");
-  expect_every_tile_once(sorted, step.num_kv_heads, shares);
-  for (int c = 0; c < std::min(step.num_shares, line.num_pairs()); ++c) {
-    int pair = c;
-    for (int round = 0; pair < line.num_pairs(); pair += shares[c].steps[round++ % 2]) {
-      ASSERT_EQ(pair, dealt_pair(round, c, step.num_shares));
-    }
+  for (int way = 0; way < kDealingWays; ++way) {
+    const Dealt dealt = deal(step, way);
+    if (dealt.shares.empty()) continue;
+    SCOPED_TRACE(::testing::Message() << "dealt, way " << way);
+    expect_every_tile_once(dealt.items, step.num_kv_heads, dealt.shares, dealt.next_pairs);
   }
 }
 
@@ -196,13 +242,44 @@ TEST(BlockAttentionCut, FewRequestsAreCutAsMeasured) {
   EXPECT_EQ(parts(16, 1024), 1);
 }
 
-// Whole pairs may take so much longer than an equal part of the line.
+// No share of many requests is much longer than the mean, however unequal they are.
+TEST(BlockAttentionCut, DealingLevelsUnequalRequests) {
+  constexpr int kTrials = 20;
+  Rng rng(402);
+  for (int num_seqs : {32, 48, 64, 128, 256}) {
+    int num_dealt = 0;
+    double over_mean = 0;
+    for (int trial = 0; trial < kTrials; ++trial) {
+      std::vector<Sequence> seqs(num_seqs);
+      for (Sequence& seq : seqs) {
+        const int octave = random_int(rng, 7, 11);
+        seq = {1 << random_int(rng, 0, 5), random_int(rng, 1 << octave, 2 << octave)};
+      }
+      const Step step(seqs, 4, 8, 132);
+      const int part = dealt_part(step);
+      int largest = INT_MAX;
+      for (int way = 0; way < kDealingWays; ++way) {
+        const Dealt dealt = deal(step, way);
+        if (!dealt.shares.empty()) largest = std::min(largest, dealt.largest);
+      }
+      num_dealt += largest <= longest_dealt(part, step.kinds, num_seqs * 8, 132);
+      over_mean += static_cast<double>(largest) / part / kTrials;
+    }
+    EXPECT_GE(num_dealt, kTrials * 8 / 10) << num_seqs;
+    EXPECT_LT(over_mean, num_seqs >= 64 ? 1.1 : 1.25) << num_seqs;
+  }
+}
+
+// The longest share may take so much longer than an equal part of the line.
 TEST(BlockAttentionCut, SeveralKindsCostWhatTheDearestDoes) {
-  EXPECT_EQ(worth_of_cutting(1, 200, 132), cost_of(0, true).cutting);
-  EXPECT_EQ(worth_of_cutting(1 | 2, 200, 132), cost_of(1, true).cutting);
-  EXPECT_EQ(worth_of_cutting(2 | 4, 200, 132), cost_of(2, true).cutting);
-  EXPECT_EQ(worth_of_cutting(1 | 8, 200, 132), cost_of(3, true).cutting);
-  EXPECT_GT(worth_of_cutting(1, 132, 132), worth_of_cutting(1, 133, 132));
+  const auto more = [](uint32_t kinds, int num_pairs) {
+    return longest_dealt(1000, kinds, num_pairs, 132) - 1000;
+  };
+  EXPECT_EQ(more(1, 200), cost_of(0, true).cutting);
+  EXPECT_EQ(more(1 | 2, 200), cost_of(1, true).cutting);
+  EXPECT_EQ(more(2 | 4, 200), cost_of(2, true).cutting);
+  EXPECT_EQ(more(1 | 8, 200), cost_of(3, true).cutting);
+  EXPECT_GT(more(1, 132), more(1, 133));
 }
 
 }  // namespace
