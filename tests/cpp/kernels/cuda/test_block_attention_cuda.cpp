@@ -64,55 +64,79 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnLongSequences) {
   check_step(rng, {4, 1, 64, 16}, {std::vector<int>(32, 9999), {17}}, pool);
 }
 
-// Requests of one length: heads in equal parts, or several whole heads per share.
-TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnEvenSteps) {
-  Rng rng(311);
-  for (int num_seqs : {1, 2, 4, 16, 33}) {
-    for (int rows : {1, 5, 9, 40}) {
-      for (int last : {50, 64 + rows, 700}) {
-        Limits limits(num_seqs, staircase(rows, 32, last));
-        check_step(rng, {16, 8, 64, 64}, limits, pool);
-        if (HasFatalFailure()) return;
-      }
-    }
-  }
-  check_step(rng, {8, 2, 128, 64}, Limits(1, std::vector<int>(32, 4100)), pool);
+// Case by case: sanitizers take long.
+class CudaBlockAttentionSeqs : public GpuTest, public ::testing::WithParamInterface<int> {};
+class CudaBlockAttentionRows : public GpuTest, public ::testing::WithParamInterface<int> {};
+INSTANTIATE_TEST_SUITE_P(CudaBlockAttention, CudaBlockAttentionSeqs,
+                         ::testing::Values(1, 2, 4, 16, 33));
+// 0: rows of all kinds.
+INSTANTIATE_TEST_SUITE_P(CudaBlockAttention, CudaBlockAttentionRows,
+                         ::testing::Values(0, 4, 8, 16));
+
+// As many as the case has, or any number of them.
+int random_rows(Rng& rng, int rows) {
+  const int of_all_kinds[] = {1, 4, 5, 8, 9, 16, 20, 32};
+  return rows > 0 ? rows : of_all_kinds[random_int(rng, 0, 7)];
 }
 
-// Many pairs to a share: whole pieces of two heads, of each kind, before, behind and between others
-// that are cut or are alone. One request is so long that pairs are not dealt.
-TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnTwoHeads) {
-  Rng rng(313);
-  const int of_all_kinds[] = {1, 4, 5, 8, 9, 16, 20};
-  for (int head_dim : {64, 128}) {
-    for (int rows : {4, 8, 16, 0}) {
-      Limits limits(220);
-      for (auto& seq : limits) {
-        const int count = rows > 0 ? rows : of_all_kinds[random_int(rng, 0, 6)];
-        seq = staircase(count, 4, random_int(rng, count, 450));
-      }
-      limits[random_int(rng, 0, 219)] = staircase(rows > 0 ? rows : 12, 4, 6000);
-      check_step(rng, {12, 3, head_dim, 64}, limits, pool);
+// Requests of one length: heads in equal parts, or several whole heads per share.
+TEST_P(CudaBlockAttentionSeqs, MatchTheCpuTwinOnEvenSteps) {
+  const int num_seqs = GetParam();
+  Rng rng(311 + num_seqs);
+  for (int rows : {1, 5, 9, 40}) {
+    for (int last : {50, 64 + rows, 700}) {
+      Limits limits(num_seqs, staircase(rows, 32, last));
+      check_step(rng, {16, 8, 64, 64}, limits, pool);
       if (HasFatalFailure()) return;
     }
   }
-  check_step(rng, {32, 8, 128, 64}, Limits(99, staircase(16, 4, 470)), pool);
+  if (num_seqs == 1) check_step(rng, {8, 2, 128, 64}, {std::vector<int>(32, 4100)}, pool);
+}
+
+// Three pairs to a share and a third: on 132 SMs too uneven to deal, so all shares are cut, and between
+// the cuts lie whole pieces of two heads. Of all kinds, they are dealt.
+TEST_P(CudaBlockAttentionRows, MatchTheCpuTwinOnTwoHeads) {
+  Rng rng(313 + GetParam());
+  const int rows = GetParam(), keys = rows == 4 ? 400 : rows == 8 ? 850 : 1000;
+  Limits limits(146);
+  for (auto& seq : limits) {
+    const int count = random_rows(rng, rows);
+    seq = staircase(count, 4, rows > 0 ? keys : random_int(rng, count, 300));
+  }
+  check_step(rng, {12, 3, rows == 8 ? 64 : 128, 64}, limits, pool);
+}
+TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnTwoHeads) {
+  Rng rng(319);
+  check_step(rng, {32, 8, 128, 64}, Limits(66, staircase(16, 4, 470)), pool);
 }
 
 // Requests of similar length, of one kind or of all: pairs are dealt whole, fewer than there are
 // shares or in several rounds.
-TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnSimilarLengths) {
-  Rng rng(314);
+TEST_P(CudaBlockAttentionRows, MatchTheCpuTwinOnSimilarLengths) {
+  Rng rng(314 + GetParam());
   for (int num_seqs : {9, 14, 33}) {
-    for (int rows : {3, 8, 16, 0}) {
-      Limits limits(num_seqs);
-      for (auto& seq : limits) {
-        const int count = rows > 0 ? rows : 1 << random_int(rng, 0, 5);
-        seq = staircase(count, 4, random_int(rng, 700, rows == 3 ? 750 : 900));
-      }
-      check_step(rng, {32, 8, 64, num_seqs == 14 ? 16 : 64}, limits, pool);
-      if (HasFatalFailure()) return;
+    Limits limits(num_seqs);
+    for (auto& seq : limits) {
+      seq = staircase(random_rows(rng, GetParam()), 4, random_int(rng, 700, 900));
     }
+    check_step(rng, {32, 8, 64, num_seqs == 14 ? 16 : 64}, limits, pool);
+    if (HasFatalFailure()) return;
+  }
+}
+
+// Long requests among short ones: parts of the long ones come first in some shares, before whole pairs.
+TEST_P(CudaBlockAttentionRows, MatchTheCpuTwinOnUnequalLengths) {
+  Rng rng(315 + GetParam());
+  for (int head_dim : {64, 128}) {
+    Limits limits(36);
+    for (auto& seq : limits) {
+      const int count = random_rows(rng, GetParam());
+      seq = staircase(count, 4, random_int(rng, count, 32 << random_int(rng, 0, 4)));
+    }
+    limits[3] = staircase(random_rows(rng, GetParam()), 4, 2500);
+    limits[20] = staircase(random_rows(rng, GetParam()), 1, 4000);
+    check_step(rng, {16, 4, head_dim, head_dim == 64 ? 32 : 64}, limits, pool);
+    if (HasFatalFailure()) return;
   }
 }
 
