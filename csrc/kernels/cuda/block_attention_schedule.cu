@@ -183,12 +183,13 @@ __device__ void deal_pairs(const ScheduleArgs& args, uint32_t* orders, int deale
   const int below = threadIdx.x % 32 * kDealers + dealer, above = below + 32 * kDealers;
   uint32_t order_below = orders[below], order_above = orders[above];
   int last_below = num_pairs, last_above = num_pairs;
+  int* next_pair = next_pairs + first + dealer;
 #pragma unroll 1
-  for (int pair = first + dealer; pair < num_pairs; pair += kDealers) {
+  for (int pair = first + dealer; pair < num_pairs; pair += kDealers, next_pair += kDealers) {
     const uint32_t more = dealing_order(costs[divide(pair, args.kv_heads_inverse)], 0);
     const uint32_t least = __reduce_min_sync(~0u, min(order_below, order_above));
     const bool is_below = order_below == least, is_above = order_above == least;
-    if (is_below || is_above) next_pairs[pair] = is_below ? last_below : last_above;
+    if (is_below || is_above) *next_pair = is_below ? last_below : last_above;
     last_below = is_below ? pair : last_below;
     last_above = is_above ? pair : last_above;
     order_below += is_below ? more : 0;
