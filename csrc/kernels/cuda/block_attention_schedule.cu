@@ -241,12 +241,15 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) 
   }
   if (tid < num_items) args.ws.items[tid] = item_of(tid);
   const int* next_pairs = args.ws.next_pairs + static_cast<size_t>(best) * num_pairs;
-  if (way == best && c < num_shares) {
+  if (way != best) return true;
+  if (c < num_shares) {
     const int last_pair = orders[tid], pair = cut.part.parts > 0 ? cut.part.pair : last_pair;
     const Item& item = item_of(min(pair / num_heads, num_items - 1));
     args.ws.shares[c] = dealt_share(cut.part, last_pair, next_pairs, item, num_pairs, c);
   }
-  for (int i = tid; best > 0 && i < num_pairs; i += kThreads) args.ws.next_pairs[i] = next_pairs[i];
+  for (int i = cut.first_whole + c; best > 0 && i < num_pairs; i += kMaxDealtShares) {
+    args.ws.next_pairs[i] = next_pairs[i];
+  }
   return true;
 }
 
