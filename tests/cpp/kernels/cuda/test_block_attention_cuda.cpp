@@ -97,7 +97,7 @@ TEST_P(CudaBlockAttentionSeqs, MatchTheCpuTwinOnEvenSteps) {
 // the cuts lie whole pieces of two heads. Of all kinds, they are dealt.
 TEST_P(CudaBlockAttentionRows, MatchTheCpuTwinOnTwoHeads) {
   Rng rng(313 + GetParam());
-  const int rows = GetParam(), keys = rows == 4 ? 400 : rows == 8 ? 850 : 1000;
+  const int rows = GetParam(), keys = rows == 4 ? 400 : rows == 8 ? 1400 : 1000;
   Limits limits(146);
   for (auto& seq : limits) {
     const int count = random_rows(rng, rows);
