@@ -295,7 +295,8 @@ inline __host__ __device__ CutPairs cut_long_pairs(int c, const ItemOf& item_of,
   return cut;
 }
 
-// The share whose number is least has least so far; whose load is a multiple of 4, below 2^24.
+// The share whose number is least has least so far. Loads are multiples of 4 here.
+constexpr int kMaxDealtLoad = 1 << 24;
 inline __host__ __device__ uint32_t dealing_order(int load, int share) {
   return static_cast<uint32_t>(load) / 4 << 10 | static_cast<uint32_t>(share);
 }

@@ -207,11 +207,12 @@ __device__ void deal_pairs(const ScheduleArgs& args, uint32_t* orders, int deale
 __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) {
   const int num_shares = args.ws.num_shares, num_heads = args.num_kv_heads;
   const int tid = threadIdx.x, num_pairs = num_items * num_heads;
-  if (num_shares < kDealers || num_shares > kMaxDealtShares) return false;
+  if (num_items == 0 || num_shares < kDealers || num_shares > kMaxDealtShares) return false;
   if (tid < 4) scratch.dealing[tid] = dealt_cost(tid, scratch.load, args.head_dim);
   __syncthreads();
   const int* costs = sort_by_cost(scratch, num_items);
   const int part = scratch.dealt_cost * num_heads / num_shares;
+  if (part + costs[0] >= kMaxDealtLoad / 2) return false;
   const auto item_of = [&](int rank) -> const Item& { return scratch.items[scratch.seqs[rank]]; };
   // A thread for each share in each way.
   const int way = tid / kMaxDealtShares, c = tid % kMaxDealtShares;
@@ -227,7 +228,7 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) 
       deal_pairs(args, orders + way * kMaxDealtShares, dealer, cut.first_whole, costs, num_pairs,
                  args.ws.next_pairs + static_cast<size_t>(way) * num_pairs,
                  &scratch.largest_dealt[way]);
-    } else {
+    } else if (c == 0) {
       scratch.largest_dealt[way] = INT_MAX;
     }
   }
