@@ -229,8 +229,8 @@ inline __host__ __device__ Share even_share(const Line& line, Even even, int c) 
 // kDealingWays.
 constexpr int kDealers = 4;
 
-// How long the longest share may be where pairs are dealt, `part` being the line in equal parts: then
-// cutting all of them would cost as much. `kinds`: a bit each.
+// How long the longest share may be where pairs are dealt, `part` being the mean: then cutting all of
+// them would cost as much. `kinds`: a bit each.
 inline __host__ __device__ int longest_dealt(int part, uint32_t kinds, int num_pairs,
                                              int num_shares) {
   // Of several kinds, the one whose cuts cost most.
@@ -246,7 +246,7 @@ inline __host__ __device__ PairCost dealt_cost(int kind, HeadLoad load, int head
   return {cost.tile, cost.piece};
 }
 
-// Pairs longer than this are cut; `part`: of all pairs, for each share.
+// Pairs longer than this are cut; `part`: the mean share.
 inline __host__ __device__ int longest_pair(int way, int part) {
   return way == 0 ? INT_MAX : part / 8 * (7 + kDealingWays - way) + part % 8 + 1;
 }
