@@ -37,13 +37,16 @@ def attention_table(report: Result) -> str:
     return attention_grid(cell)
 
 
+def layer_us(result: Result) -> float:
+    """Of block_attention, with a layer's part of the schedule of a step."""
+    us: float = result["layer_us"] + result["schedule_us"] / STEP_LAYERS
+    return us
+
+
 def peers_table(report: Result, peers: Result) -> str:
     """block_attention beside the fastest other paged attention on the same machine, microseconds: a
-    layer, with its part of the schedule of a step, of which others' is not counted."""
-    ours = {
-        result["name"]: result["layer_us"] + result["schedule_us"] / STEP_LAYERS
-        for result in report["results"]
-    }
+    layer with its part of the schedule, of which others' is not counted."""
+    ours = {result["name"]: layer_us(result) for result in report["results"]}
     both = {name: us for name, us in peers["results"].items() if us and name in ours}
     best = {name: min(us, key=us.__getitem__) for name, us in both.items()}
     ratios = [ours[name] / us[best[name]] for name, us in both.items()]
@@ -59,7 +62,8 @@ def peers_table(report: Result, peers: Result) -> str:
 
 
 def unequal_table(report: Result) -> str:
-    """Microseconds of block_attention over unequal requests, and equal ones of the same bytes."""
+    """Microseconds of block_attention over unequal requests, and equal ones of the same bytes: a
+    layer with its part of the schedule, which unequal requests make longer."""
     by_name = {result["name"]: result for result in report["results"]}
     cases = [
         ("32: 1 to 32 masks, 2,048 keys on average", "mixed b 32", "uniform like mixed b 32"),
@@ -68,7 +72,7 @@ def unequal_table(report: Result) -> str:
     ]
     lines = ["| requests | unequal | equal | ratio |", "|---|---|---|---|"]
     for label, *names in cases:
-        unequal, equal = (by_name[name]["layer_us"] for name in names)
+        unequal, equal = (layer_us(by_name[name]) for name in names)
         lines.append(f"| {label} | {unequal:.0f} | {equal:.0f} | {unequal / equal:.2f} |")
     return "\n".join(lines)
 
