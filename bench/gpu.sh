@@ -48,7 +48,7 @@ if [[ " $parts " == *" sanitize "* ]]; then
   # A test a process, many at once: most of their time is the tool's, on the CPU.
   check() {
     local log="$folder/sanitize/$1.${2//\//_}.log" flags=()
-    # Or it reports as hazards what barriers in shared memory order.
+    # Or it reports as hazards more of what barriers in shared memory order.
     if [[ $1 == racecheck ]]; then flags=(--racecheck-indirect-barrier-dependency); fi
     timeout "${SANITIZE_SECONDS:-600}" compute-sanitizer --tool "$1" "${flags[@]}" \
       --error-exitcode 1 "$build/optimus_cuda_tests" --gtest_brief=1 --gtest_filter="$2" >"$log" 2>&1

@@ -246,7 +246,7 @@ inline __host__ __device__ PairCost dealt_cost(int kind, HeadLoad load, int head
   return {cost.tile, cost.piece};
 }
 
-// Pairs longer than this are cut; `part`: the mean share.
+// Pairs longer than this are cut: none, or those beyond 10, 9 or 8 eighths of `part`, the mean share.
 inline __host__ __device__ int longest_pair(int way, int part) {
   return way == 0 ? INT_MAX : part / 8 * (7 + kDealingWays - way) + part % 8 + 1;
 }

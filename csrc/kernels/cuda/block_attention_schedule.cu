@@ -221,8 +221,8 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) 
   uint32_t* orders = reinterpret_cast<uint32_t*>(scratch.item_offsets);
   orders[tid] = c < num_shares ? dealing_order(cut.part.cost, c) : UINT32_MAX;
   __syncthreads();
-  const int dealer = c / 32,
-            num_ways = costs[0] >= longest_pair(kDealingWays - 1, part) ? kDealingWays : 1;
+  const bool some_long = costs[0] >= longest_pair(kDealingWays - 1, part);
+  const int dealer = c / 32, num_ways = some_long ? kDealingWays : 1;
   if (dealer < kDealers && way < num_ways) {
     if (cut.fit) {
       deal_pairs(args, orders + way * kMaxDealtShares, dealer, cut.first_whole, costs, num_pairs,
