@@ -10,8 +10,8 @@
 // per call, `layer us` one schedule per graph (a step runs one schedule for all its layers).
 // `floor us` is the fastest plain read of the call's K and V, replayed in the same way.
 //
-// Prompts are replayed for a while, as is a product of two 8192 x 8192 matrices behind each: the
-// clock falls under such work, and both are compared at the clock that lasts.
+// Prompts and steps of kManyRows are replayed for a while, as is a product of two 8192 x 8192 matrices
+// behind each prompt: the clock falls under such work, and all are compared at the clock that lasts.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -35,8 +35,9 @@ constexpr size_t kPageBytes = kTokenBytes * kPageSize;
 constexpr size_t kPoolBytes = size_t(4864) << 20;
 constexpr size_t kRotatedBytes = size_t(512) << 20;  // beyond any L2
 // Of a graph, whose launch counts among them.
-constexpr int kLeastCalls = 4, kMaxCalls = 24;
+constexpr int kLeastCalls = 12, kMaxCalls = 24;
 constexpr double kSteadySeconds = 0.25;
+constexpr int kManyRows = 1024;
 
 struct Sequence {
   int rows, kv_len;
@@ -112,10 +113,9 @@ class Bench {
     return 2.0 * kSize * kElements / us * 1e-6;
   }
 
-  // With `steady`, as long as it takes the clock to settle, and beside a product.
-  Result run(const std::string& name, const Batch& batch, bool steady) {
+  // Many rows, and prompts, for as long as it takes the clock to settle; prompts beside a product.
+  Result run(const std::string& name, const Batch& batch, bool is_prompt) {
     Result result;
-    const double seconds = steady ? kSteadySeconds : 0;
     result.name = name;
     result.seqs = static_cast<int>(batch.size());
     std::vector<int32_t> cu = {0}, limits, positions;
@@ -134,6 +134,7 @@ class Bench {
       result.kv_bytes += double(seq.kv_len) * kTokenBytes;
     }
     result.rows = cu.back();
+    const double seconds = is_prompt || result.rows >= kManyRows ? kSteadySeconds : 0;
     int calls = calls_for(pages * kPageBytes);
     std::vector<DeviceBuffer<int32_t>> tables = page_tables(batch, calls, stride);
     DeviceBuffer<int32_t> device_cu = upload(cu), device_limits = upload(limits);
@@ -181,7 +182,7 @@ class Bench {
                           },
                           replays_, seconds) /
                       calls;
-    if (steady) result.gemm_tflops = gemm_tflops();
+    if (is_prompt) result.gemm_tflops = gemm_tflops();
     result.floor_us = floor_us(static_cast<size_t>(result.kv_bytes) / 2, calls);
     return result;
   }
@@ -317,9 +318,9 @@ int main_with(int argc, char** argv) {
   bench.once = once;
   if (!once) bench.print_peaks();
   std::vector<Result> results;
-  auto add = [&](const std::string& name, const Batch& batch, bool steady = false) {
+  auto add = [&](const std::string& name, const Batch& batch, bool is_prompt = false) {
     if (!wanted.empty() && name != wanted) return;
-    results.push_back(bench.run(name, batch, steady));
+    results.push_back(bench.run(name, batch, is_prompt));
     print(results.back());
   };
   auto wants = [&](const char* part) { return only.empty() || only == part; };

@@ -18,12 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 ROTATED_BYTES = 512 << 20
-LEAST_CALLS = 4  # in a graph: launching it counts among them
+LEAST_CALLS = 12  # in a graph: launching it counts among them
+# Many rows are replayed until the clock has settled: they are compared at the clock that lasts.
+MANY_ROWS, STEADY_SECONDS = 1024, 0.25
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
 
-def replay_us(body, replays=15):
-    """Median microseconds of one replay of `body`, captured in a CUDA graph."""
+def replay_us(body, replays=15, seconds=0.0):
+    """Median microseconds of the last `replays` of `body`, captured in a CUDA graph.
+
+    It is replayed for at least `seconds`.
+    """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         body()
@@ -33,13 +38,13 @@ def replay_us(body, replays=15):
         body()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
-    for _ in range(replays + 2):
+    while len(times) < replays + 2 or sum(times) < seconds * 1e6:
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times[2:])
+    return statistics.median(times[-replays:])
 
 
 def gemm_tflops(n=8192):
@@ -54,7 +59,7 @@ def num_kv_sets(kv_len, batch):
     return max(1, min(24, -(-ROTATED_BYTES // kv_bytes)))
 
 
-def call_us(call, kv):
+def call_us(call, kv, num_rows):
     """Microseconds of call(k, v) over the sets in turn, in a graph of LEAST_CALLS at least."""
     calls = kv * -(-LEAST_CALLS // len(kv))
 
@@ -62,7 +67,8 @@ def call_us(call, kv):
         for k, v in calls:
             call(k, v)
 
-    return replay_us(body) / len(calls)
+    seconds = STEADY_SECONDS if num_rows >= MANY_ROWS else 0.0
+    return replay_us(body, seconds=seconds) / len(calls)
 
 
 def sdpa_us(kv_len, rows, batch):
@@ -77,7 +83,7 @@ def sdpa_us(kv_len, rows, batch):
     for backend in BACKENDS:
         with sdpa_kernel(backend):
             attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, q)
-            best = min(best, call_us(attend, kv))
+            best = min(best, call_us(attend, kv, rows * batch))
     return best
 
 
