@@ -13,6 +13,7 @@
 #include "cuda_timing.h"
 #include "decode_state_cuda.h"
 #include "kernels/cuda/kernels.h"
+#include "memory_floor.h"
 
 namespace optimus::bench {
 namespace {
@@ -22,6 +23,7 @@ constexpr size_t kElement = 2;
 constexpr int kLaunches = 24;
 constexpr int kRows[] = {1, 8, 32, 64, 128, 256, 512};
 constexpr int kBlockLength = 32, kPageSize = 64, kChunk = 8;
+constexpr int kVocabSize = 151936;  // of unmask
 
 struct ModelShape {
   const char* name;
@@ -70,6 +72,7 @@ class Bench {
     }
     arena_.refill();
     for (int rows : kRows) {
+      read_logits(rows);
       unmask("greedy", rows, 0, 0, 1);
       unmask("temperature 0.6", rows, 0.6f, 0, 1);
       unmask("top_k 20, top_p 0.95", rows, 0.6f, 20, 0.95f);
@@ -250,11 +253,31 @@ class Bench {
 
   // ------------------------------------------------------------------------------- decode state
 
+  // What unmask cannot be faster than: a plain read of its logits, and one more kernel behind it that
+  // has nothing to do.
+  void read_logits(int rows) {
+    if (!wants("read")) return;
+    const size_t bytes = size_t(rows) * kVocabSize * kElement;
+    DeviceBuffer<uint32_t> sink(1);
+    for (bool followed : {false, true}) {
+      double best = 1e30;
+      for (int ctas : {1, 2, 4}) {
+        const auto read = [&](int i, cudaStream_t stream) {
+          read_plainly(arena_.part(i, bytes), bytes, ctas, sink.data(), stream);
+          if (followed) read_plainly(arena_.data(), 0, 1, sink.data(), stream);
+        };
+        best = std::min(best, time_us(stream_, kLaunches, read));
+      }
+      report("read", concat(kVocabSize, followed ? " logits, an empty kernel" : " logits"), rows, best,
+             double(bytes));
+    }
+  }
+
   // Every slot decides the first masks of its block over and over; the later masks stay. Logits are
   // normals: much flatter than a model's, so that no shortcut of sampling applies.
   void unmask(const char* sampling, int rows, float temperature, int top_k, float top_p) {
     if (!wants("unmask")) return;
-    const int vocab_size = 151936, num_slots = (rows + kChunk - 1) / kChunk;
+    const int vocab_size = kVocabSize, num_slots = (rows + kChunk - 1) / kChunk;
     DeviceDecodeState state(num_slots, kBlockLength, {temperature, top_k, top_p}, stream_);
     auto slots = indices(rows, [](int i) { return i / kChunk; });
     auto offsets = indices(rows, [](int i) { return i % kChunk; });
@@ -281,7 +304,7 @@ class Bench {
       params.logits = arena_.part(i, logits);
       cuda::unmask(params, stream);
     });
-    report_beside_copy("unmask", concat("151936 ", sampling), rows, us, double(logits));
+    report_beside_copy("unmask", concat(kVocabSize, " ", sampling), rows, us, double(logits));
   }
 
   void build_rows(int num_seqs) {
