@@ -85,6 +85,13 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 
 // ------------------------------------------------------------------------------------------ copies
 
+// Cache policies. For data that is read once: it is the first to leave the L2 cache.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 #if defined(OPTIMUS_SM90)
 
 __device__ __forceinline__ void barrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
@@ -110,13 +117,6 @@ __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map,
       ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
       : "memory");
-}
-
-// For data that is read once: it is the first to leave the L2 cache.
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
 }
 
 __device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap* map) {
@@ -183,6 +183,12 @@ __device__ __forceinline__ void fence_proxy_async() {
 // Copies 16 bytes.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// The same with a cache policy.
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "l"(policy)
+               : "memory");
 }
 // Copies 16 bytes, or writes zeros when `valid` is false.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool valid) {

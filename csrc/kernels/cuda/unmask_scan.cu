@@ -93,6 +93,7 @@ struct Feed {
   const uint4* from;  // the lane's first chunk of the next tile to come
   int index;          // of that tile
   uint32_t ring, offset = 0;
+  uint64_t policy = ptx::evict_first();  // read again only for top-k and top-p sets
 
   // `shared`: kBytes of the warp.
   __device__ __forceinline__ Feed(const LogitsRow<T, true>& row, int first, void* shared)
@@ -135,7 +136,7 @@ struct Feed {
     for (int i = 0; i < kTileChunkRows; ++i) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        ptx::copy_16(ring + offset + place(i, v), from + i * kWarp * kVectors + v);
+        ptx::copy_16(ring + offset + place(i, v), from + i * kWarp * kVectors + v, policy);
       }
     }
   }
