@@ -48,12 +48,12 @@ void check_layer(const BlockAttentionParams& params) {
                 "[block_attention] null pointer for q, k_pages, v_pages, page_table or out");
 }
 
-// Every sequence has at most one item more than its packed rows fill.
+// Every sequence has at most one item more than its packed rows fill; items are of half the rows at least.
 Workspace layout_workspace(const BlockAttentionParams& params) {
   Workspace ws = {};
   int packed_rows = params.max_rows * (params.num_q_heads / params.num_kv_heads);
   ws.num_shares = device_properties().num_sms;
-  ws.max_items = params.num_seqs + packed_rows / kMaxPackedRows;
+  ws.max_items = params.num_seqs + packed_rows / kHalfPackedRows;
   ws.partial_rows = std::min(kMaxPackedRows, (packed_rows + 15) / 16 * 16);
   char* base = static_cast<char*>(params.workspace);
   auto take = [&](size_t bytes) {

@@ -203,6 +203,13 @@ inline __host__ __device__ Even cut_evenly(const Line& line, int num_shares) {
   return even;
 }
 
+// Whether items of half the rows would keep twice the SMs busy: the parts of the few pairs are as
+// short as they may be, for half the SMs. Keys are read twice then, but by few.
+inline __host__ __device__ bool halving_pays(const Line& line, Even even, int num_shares) {
+  return even.parts > 0 && line.items[0].packed_count == kMaxPackedRows &&
+         2 * even.parts * line.num_pairs() <= num_shares;
+}
+
 inline __host__ __device__ Share even_share(const Line& line, Even even, int c) {
   int num_pairs = line.num_pairs();
   int parts = larger(even.parts, 1), pairs = larger(even.pairs, 1);

@@ -61,13 +61,13 @@ __device__ int exclusive_scan(int value, int* warp_sums, int& total) {
   return inclusive - value + (warp == 0 ? 0 : before);
 }
 
-__device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int seq_in_chunk,
-                          int seq, int tile_in_seq) {
+__device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int item_rows,
+                          int seq_in_chunk, int seq, int item_in_seq) {
   Item item = {};
   item.seq = seq;
   item.row_begin = scratch.row_begin[seq_in_chunk];
-  item.packed_begin = tile_in_seq * kMaxPackedRows;
-  item.packed_count = min(kMaxPackedRows, scratch.packed_rows[seq_in_chunk] - item.packed_begin);
+  item.packed_begin = item_in_seq * item_rows;
+  item.packed_count = min(item_rows, scratch.packed_rows[seq_in_chunk] - item.packed_begin);
   int last = item.packed_begin + item.packed_count - 1;
   item.first_limit = args.kv_limits[item.row_begin + item.packed_begin / args.group];
   item.last_limit = args.kv_limits[item.row_begin + last / args.group];
@@ -89,9 +89,10 @@ __device__ void sort_by_kind(Scratch& scratch, int seq, int kind) {
   __syncthreads();
 }
 
-// Writes all items and their cost offsets, and what the line comes to. `by_kind`: sequences of a kind one
-// behind another.
-__device__ void list_items(const ScheduleArgs& args, Scratch& scratch, bool by_kind, Line& line) {
+// Writes all items, of up to item_rows packed rows, their cost offsets, and what the line comes to.
+// `by_kind`: sequences of a kind one behind another.
+__device__ void list_items(const ScheduleArgs& args, Scratch& scratch, int item_rows, bool by_kind,
+                           Line& line) {
   int tid = threadIdx.x, length = 0, num_items = 0;
   for (int first_seq = 0; first_seq < args.num_seqs; first_seq += kThreads) {
     const auto rows_of = [&](int seq, int& begin) {
@@ -105,8 +106,8 @@ __device__ void list_items(const ScheduleArgs& args, Scratch& scratch, bool by_k
       packed = rows_of(seq, begin);
     }
     int chunk_items;
-    int offset = exclusive_scan((packed + kMaxPackedRows - 1) / kMaxPackedRows, scratch.warp_sums,
-                                chunk_items);
+    int offset =
+        exclusive_scan((packed + item_rows - 1) / item_rows, scratch.warp_sums, chunk_items);
     scratch.item_offsets[tid] = offset;
     scratch.row_begin[tid] = begin;
     scratch.packed_rows[tid] = packed;
@@ -116,7 +117,7 @@ __device__ void list_items(const ScheduleArgs& args, Scratch& scratch, bool by_k
       Item item;
       if (index < chunk_items) {
         int seq_in_chunk = last_not_above(scratch.item_offsets, kThreads, index);
-        item = make_item(args, scratch, seq_in_chunk,
+        item = make_item(args, scratch, item_rows, seq_in_chunk,
                          by_kind ? scratch.seqs[seq_in_chunk] : first_seq + seq_in_chunk,
                          index - scratch.item_offsets[seq_in_chunk]);
         cost = pair_cost(scratch.costs, item) * args.num_kv_heads;
@@ -274,16 +275,25 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   const int num_shares = args.ws.num_shares;
   Line line = {scratch.items, scratch.cost_offsets, scratch.costs, 0, args.num_kv_heads, 0};
   Even even;
-  bool dealt = false;
-  // Code is slow to fetch: where pairs are cut, a share should meet few kinds of items, so once more.
+  bool dealt = false, by_kind = false;
+  int item_rows = kMaxPackedRows;
 #pragma unroll 1
-  for (bool by_kind = false;; by_kind = true) {
-    list_items(args, scratch, by_kind, line);
+  for (;;) {
+    list_items(args, scratch, item_rows, by_kind, line);
     if (by_kind) break;
     const bool several = __popc(scratch.kinds) > 1;
     if (!several && scratch.least_cost == scratch.largest_cost) even = cut_evenly(line, num_shares);
+    if (halving_pays(line, even, num_shares)) {
+      item_rows = kHalfPackedRows;
+      even = Even();
+      __syncthreads();  // all have read what is cleared
+      clear(scratch);
+      continue;
+    }
     dealt = !even.used() && line.num_items <= kCachedItems && deal(args, scratch, line.num_items);
     if (even.used() || dealt || !several) break;
+    // Code is slow to fetch: where pairs are cut, a share should meet few kinds of items, so once more.
+    by_kind = true;
     if (threadIdx.x < 4) {
       scratch.costs[threadIdx.x] =
           fitted_cost(threadIdx.x, scratch.load, args.num_kv_heads, args.head_dim, num_shares);

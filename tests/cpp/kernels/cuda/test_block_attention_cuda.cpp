@@ -93,6 +93,19 @@ TEST_P(CudaBlockAttentionSeqs, MatchTheCpuTwinOnEvenSteps) {
   if (num_seqs == 1) check_step(rng, {8, 2, 128, 64}, {std::vector<int>(32, 4100)}, pool);
 }
 
+// Few pairs of 128 packed rows and few keys: items are halved, of one cost or not.
+TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnHalvedItems) {
+  Rng rng(320);
+  for (int head_dim : {64, 128}) {
+    for (int keys : {70, 256, 500, 1024}) {
+      check_step(rng, {32, 8, head_dim, 64}, {std::vector<int>(32, keys)}, pool);
+      check_step(rng, {32, 8, head_dim, 16}, {staircase(32, 16, keys)}, pool);
+      if (HasFatalFailure()) return;
+    }
+    check_step(rng, {8, 4, head_dim, 32}, Limits(3, std::vector<int>(64, 400)), pool);
+  }
+}
+
 // Three pairs to a share and a third: on 132 SMs too uneven to deal, so all shares are cut, and between
 // the cuts lie whole pieces of two heads. Of all kinds, they are dealt.
 TEST_P(CudaBlockAttentionRows, MatchTheCpuTwinOnTwoHeads) {

@@ -242,6 +242,19 @@ TEST(BlockAttentionCut, FewRequestsAreCutAsMeasured) {
   EXPECT_EQ(parts(16, 1024), 1);
 }
 
+TEST(BlockAttentionCut, ItemsAreHalvedWhereHalfTheSharesAreIdle) {
+  const auto halved = [](int num_seqs, int rows, int keys) {
+    const Step step(std::vector<Sequence>(num_seqs, {rows, keys}), 4, 8, 132);
+    return halving_pays(step.line(), cut_evenly(step.line(), step.num_shares), step.num_shares);
+  };
+  EXPECT_TRUE(halved(1, 32, 1024));
+  EXPECT_TRUE(halved(2, 32, 512));
+  EXPECT_FALSE(halved(1, 32, 2048));  // shares are busy with parts
+  EXPECT_FALSE(halved(2, 32, 1024));
+  EXPECT_FALSE(halved(1, 16, 1024));  // already half
+  EXPECT_FALSE(halved(9, 32, 1024));  // not in equal parts
+}
+
 // No share of many requests is much longer than the mean, however unequal they are.
 TEST(BlockAttentionCut, DealingLevelsUnequalRequests) {
   constexpr int kTrials = 20;
