@@ -181,8 +181,10 @@ inline __host__ __device__ int choose_parts(const Item& item, int num_pairs, int
     const int some = num_shares * 3 / 4 / num_pairs, fours = some > 4 ? some / 4 * 4 : some;
     if (tiles <= 8 * fours) parts = fours;
   }
-  // Few tiles: whole pairs are read nearly as fast, with nothing to merge.
-  const bool is_short = tiles < 8 || (most <= 3 && num_pairs * tiles <= 8 * num_shares);
+  // Few tiles: whole pairs are read nearly as fast, with nothing to merge. Of two warps' rows a tile
+  // takes longest beside what merging does.
+  const bool are_few = kind == 1 ? tiles < 12 : num_pairs * tiles <= 8 * num_shares;
+  const bool is_short = tiles < 8 || (most <= 3 && are_few);
   // A part of one tile costs more to merge than it saves, as does one that makes none shorter.
   parts = smaller(parts, tiles / 2);
   if (parts <= 1 || (kind < 3 && is_short)) return 1;

@@ -238,7 +238,8 @@ TEST(BlockAttentionCut, FewRequestsAreCutAsMeasured) {
   EXPECT_EQ(parts(3, 1024), 4);
   EXPECT_EQ(parts(4, 512), 3);
   EXPECT_EQ(parts(4, 1024), 3);
-  EXPECT_EQ(parts(8, 1024), 1);
+  EXPECT_EQ(parts(8, 512), 1);
+  EXPECT_EQ(parts(8, 1024), 2);
   EXPECT_EQ(parts(16, 1024), 1);
 }
 
