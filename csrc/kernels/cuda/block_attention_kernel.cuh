@@ -52,6 +52,9 @@ struct Consumer {
       } else {
         run_tall_piece<8>(piece, queries, at, turn);
       }
+      // The race checker loses sight of how the zeros that a tall piece wrote behind V's last key are
+      // ordered before what fills the slot next, where that is read with fewer warps meeting between.
+      if (packed > 32 && piece.valid() && piece.item.packed_count <= 32) meet();
       if (!whole) arrive(args, pieces.cut[begun_here]);
     } while (piece.valid());
   }
