@@ -36,7 +36,7 @@ constexpr size_t kPoolBytes = size_t(4864) << 20;
 constexpr size_t kRotatedBytes = size_t(512) << 20;  // beyond any L2
 // Of a graph, whose launch counts among them.
 constexpr int kLeastCalls = 12, kMaxCalls = 24;
-constexpr double kSteadySeconds = 0.25;
+constexpr double kSteadySeconds = 0.5;
 constexpr int kManyRows = 1024;
 
 struct Sequence {
