@@ -81,6 +81,7 @@ struct Share {
 // Pointers into the caller's workspace.
 struct Workspace {
   Share* shares;        // [num_shares]
+  uint64_t* kv_policy;  // [1] with which the step's keys and values are read: createpolicy's word
   uint32_t* arrivals;   // [num_shares] by first share of a merge: parts written since the schedule
   uint32_t* left_rows;  // [num_shares * 2] by partial slot: not 0 while its rows wait to be merged
   Item* items;          // [max_items]

@@ -319,7 +319,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::lower_registers<24>();
     if (warp < kConsumerWarps + kProducerWarps) {
       const Share share = load_past_l1(&args.ws.shares[blockIdx.x]);
-      Producer<kHeadDim>{args, &k_map, &v_map, ring, lane, warp > kConsumerWarps}.run(share);
+      const bool is_v = warp > kConsumerWarps;
+      const uint64_t policy = __ldcg(args.ws.kv_policy);
+      Producer<kHeadDim>{args, &k_map, &v_map, ring, lane, is_v, policy}.run(share);
     }
   } else {
     ptx::raise_registers<240>();

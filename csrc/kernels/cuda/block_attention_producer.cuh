@@ -2,9 +2,6 @@
 // tiles through the ring, with bulk tensor copies on sm_90, with 16-byte asynchronous copies before.
 // They run ahead across piece boundaries, so loads never stop while consumers start or finish a piece,
 // and apart from each other, for K is done with long before V.
-//
-// Keys and values of few rows leave the L2 cache first: they are read once, and would displace the code
-// of the step's kernels, which every layer fetches anew. Those of a prompt are read again by its items.
 #pragma once
 
 #include "core/launch.cuh"
@@ -19,6 +16,7 @@ struct Producer {
   Ring ring;
   int lane;
   bool is_v;
+  uint64_t policy;
 
   // Lane i holds page first + i of a sequence.
   struct Pages {
@@ -52,8 +50,6 @@ struct Producer {
   // the kernel before this one is done.
   __device__ void stream(const Piece& piece, Pages& pages, RingPosition& at,
                          bool& has_waited) const {
-    const bool once = kind_of(piece.item.packed_count) < 3;
-    const uint64_t policy = once ? ptx::evict_first() : ptx::evict_normal();
     for (int tile = piece.at.tile; tile < piece.end_tile; ++tile) {
       int key = tile * kTileKeys;
       if (!has_waited && key + kTileKeys > piece.item.num_old_keys) {
@@ -64,30 +60,30 @@ struct Producer {
       int keys = min(kTileKeys, piece.item.last_limit - key);
 #pragma unroll 1
       for (int head = piece.head; head <= piece.head + piece.two_heads; ++head) {
-        copy_tile(head, key, keys, pages, at, policy);
+        copy_tile(head, key, keys, pages, at);
         at.advance(args.num_slots);
       }
     }
   }
 
   __device__ __forceinline__ void copy_tile(int head, int key, int keys, const Pages& pages,
-                                            RingPosition at, uint64_t policy) const {
+                                            RingPosition at) const {
     if (is_v) {
       ptx::barrier_wait(ring.v_released(at.slot), at.phase ^ 1);
       copy_tile(args.v_pages, v_map, ring.v_full(at.slot), ring.v(at.slot, kTileBytes<kHeadDim>),
-                head, key, keys, pages.first, pages.page, policy);
+                head, key, keys, pages.first, pages.page);
     } else {
       ptx::barrier_wait(ring.k_released(at.slot), at.phase ^ 1);
       copy_tile(args.k_pages, k_map, ring.k_full(at.slot), ring.k(at.slot, kTileBytes<kHeadDim>),
-                head, key, keys, pages.first, pages.page, policy);
+                head, key, keys, pages.first, pages.page);
     }
   }
 
 #if defined(OPTIMUS_SM90)
   // One box of 64 dimensions per lane; pages past the last key are not read.
   __device__ void copy_tile(const __nv_bfloat16*, const CUtensorMap* map, uint32_t barrier,
-                            uint32_t to, int head, int key, int keys, int first_page, int page,
-                            uint64_t policy) const {
+                            uint32_t to, int head, int key, int keys, int first_page,
+                            int page) const {
     constexpr int kColumns = kHeadDim / 64;
     int part_keys = min(kTileKeys, 1 << args.page_shift);
     int part = lane / kColumns, column = lane % kColumns;
@@ -107,8 +103,8 @@ struct Producer {
 #else
   // 16 bytes per lane and copy; keys past the last one become zeros.
   __device__ void copy_tile(const __nv_bfloat16* pages, const CUtensorMap*, uint32_t barrier,
-                            uint32_t to, int head, int key, int keys, int first_page, int page,
-                            uint64_t) const {
+                            uint32_t to, int head, int key, int keys, int first_page,
+                            int page) const {
     constexpr int kChunks = kHeadDim / 8;  // of 16 bytes per key
     constexpr int kKeysPerCopy = 32 / kChunks;
     int chunk = lane % kChunks;

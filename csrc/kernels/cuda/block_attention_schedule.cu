@@ -38,6 +38,7 @@ struct Scratch {
   PairCost costs[4];    // by kind, on the line
   PairCost dealing[4];  // where pairs are dealt
   uint32_t kinds;       // of all sequences, a bit each
+  uint32_t rereads;     // whether a sequence has several items, which read the same keys
 };
 
 // Exclusive prefix sum over the CTA; `total` gets the sum. Two barriers.
@@ -126,6 +127,7 @@ __device__ void list_items(const ScheduleArgs& args, Scratch& scratch, int item_
         const int seq_rows = scratch.packed_rows[seq_in_chunk];
         if (item.packed_begin + item.packed_count == seq_rows) {
           atomicOr(&scratch.kinds, 1u << kind_of(seq_rows));
+          if (seq_rows > kMaxPackedRows) atomicOr(&scratch.rereads, 1u);
           atomicAdd(&scratch.load.unique_tiles, item.num_tiles);
         }
         const Cost arithmetic = cost_of(kind_of(item.packed_count), false);
@@ -255,13 +257,20 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) 
   return true;
 }
 
+// Keys and values leave the L2 cache first: a step reads them once, and as ordinary lines they displace
+// the code of its kernels, which every layer fetches anew. Where prompts read theirs again, all stay
+// ordinary lines: of two kinds of lines neither is read as fast.
+__device__ uint64_t kv_policy(const Scratch& scratch) {
+  return scratch.rereads != 0 ? ptx::evict_normal() : ptx::evict_first();
+}
+
 // Ends with a barrier.
 __device__ void clear(Scratch& scratch) {
   if (threadIdx.x == 0) {
     scratch.least_cost = INT_MAX;
     scratch.largest_cost = scratch.dealt_cost = 0;
     scratch.load.unique_tiles = scratch.load.arithmetic = 0;
-    scratch.kinds = 0;
+    scratch.kinds = scratch.rereads = 0;
   }
   if (threadIdx.x < 4) scratch.costs[threadIdx.x] = plain_cost(threadIdx.x);
   if (threadIdx.x < kDealingWays) scratch.largest_dealt[threadIdx.x] = 0;
@@ -316,6 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
     }
     args.ws.arrivals[c] = args.ws.left_rows[2 * c] = args.ws.left_rows[2 * c + 1] = 0;
   }
+  if (threadIdx.x == 0) *args.ws.kv_policy = kv_policy(scratch);
   // No kernel behind this one starts before its shares are there: they read them before they wait.
   __threadfence();
   __syncthreads();
