@@ -194,7 +194,8 @@ TEST_P(CudaGemmStreamRows, ChainsInAGraphEqualPlainLaunches) {
   constexpr int kLayers = 5;
   const int rows = GetParam();
   // Many rows of few columns: sanitizers need minutes for each way.
-  const int hidden_size = rows > 64 ? 264 : 520, intermediate_size = rows > 64 ? 648 : 1288;
+  const int hidden_size = rows > 128 ? 136 : rows > 64 ? 264 : 520;
+  const int intermediate_size = rows > 128 ? 328 : rows > 64 ? 648 : 1288;
   Rng rng(164 + rows);
   Tensor norm_weight = random_tensor(rng, DType::bfloat16, hidden_size);
   DeviceTensor device_norm(norm_weight);
