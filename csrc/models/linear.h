@@ -3,7 +3,8 @@
 // On CUDA the weight is row-major and goes to the device as it is loaded. On the CPU:
 // fp32 runs our packed GEMM: ATen's result for a row changes with the number of rows in the call
 // (measured: below 8 rows), and a request's tokens must not depend on its batch. bf16 runs ATen's
-// (oneDNN), which uses the machine's bf16 instructions; without torch it falls back to our GEMM.
+// (oneDNN), which uses the machine's bf16 instructions; without torch, or where the machine has AVX2
+// alone, it falls back to our GEMM.
 #pragma once
 
 #include <string>
@@ -52,7 +53,8 @@ class Linear {
   Buffer<char> weight_;   // row-major or packed
 };
 
-// Provided by exactly one of bf16_gemm_aten.cpp and bf16_gemm_portable.cpp.
+// Provided by exactly one of bf16_gemm_aten.cpp and bf16_gemm_portable.cpp. Whether it pays on this
+// machine.
 bool bf16_gemm_available();
 // out [rows, n] = x [rows, k] * weight [n, k]^T, bf16 with fp32 accumulation.
 void bf16_gemm(const void* x, const void* weight, void* out, int rows, int n, int k,
