@@ -268,8 +268,8 @@ class Bench {
         };
         best = std::min(best, time_us(stream_, kLaunches, read));
       }
-      report("read", concat(kVocabSize, followed ? " logits, an empty kernel" : " logits"), rows, best,
-             double(bytes));
+      report("read", concat(kVocabSize, followed ? " logits, an empty kernel" : " logits"), rows,
+             best, double(bytes));
     }
   }
 

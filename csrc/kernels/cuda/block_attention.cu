@@ -48,7 +48,7 @@ void check_layer(const BlockAttentionParams& params) {
                 "[block_attention] null pointer for q, k_pages, v_pages, page_table or out");
 }
 
-// Every sequence has at most one item more than its packed rows fill; items are of half the rows at least.
+// Every sequence has at most one item more than its packed rows fill, of half the rows at least.
 Workspace layout_workspace(const BlockAttentionParams& params) {
   Workspace ws = {};
   int packed_rows = params.max_rows * (params.num_q_heads / params.num_kv_heads);

@@ -31,7 +31,7 @@ namespace optimus::cuda::attention {
 
 constexpr int kTileKeys = 64;
 constexpr int kMaxPackedRows = 128;
-constexpr int kHalfPackedRows = kMaxPackedRows / 2;  // of an item where SMs would be left without work
+constexpr int kHalfPackedRows = kMaxPackedRows / 2;  // where SMs would be left without work
 constexpr int kDealingWays = 4;  // that the schedule tries where it deals pairs to the shares
 
 // What code runs an item: 0 to 3, for one, two, four and eight warps side by side to hold its rows.
