@@ -181,8 +181,8 @@ inline __host__ __device__ int choose_parts(const Item& item, int num_pairs, int
     const int some = num_shares * 3 / 4 / num_pairs, fours = some > 4 ? some / 4 * 4 : some;
     if (tiles <= 8 * fours) parts = fours;
   }
-  // Few tiles: whole pairs are read nearly as fast, with nothing to merge. Of two warps' rows a tile
-  // takes longest beside what merging does.
+  // Few tiles: whole pairs are read nearly as fast, with nothing to merge. What few are was measured:
+  // 5 and 8 requests of 8 rows gain by parts from 12 tiles on, 8 of one row or of 16 do not.
   const bool are_few = kind == 1 ? tiles < 12 : num_pairs * tiles <= 8 * num_shares;
   const bool is_short = tiles < 8 || (most <= 3 && are_few);
   // A part of one tile costs more to merge than it saves, as does one that makes none shorter.
@@ -205,11 +205,21 @@ inline __host__ __device__ Even cut_evenly(const Line& line, int num_shares) {
   return even;
 }
 
-// Whether items of half the rows would keep twice the SMs busy: the parts of the few pairs are as
-// short as they may be, for half the SMs. Keys are read twice then, but by few.
+// Whether items of half the rows would keep twice the SMs busy, as pairs of either half would be in as
+// many parts. Keys are read twice then, but by few.
 inline __host__ __device__ bool halving_pays(const Line& line, Even even, int num_shares) {
-  return even.parts > 0 && line.items[0].packed_count == kMaxPackedRows &&
-         2 * even.parts * line.num_pairs() <= num_shares;
+  if (even.parts == 0 || line.items[0].packed_count != kMaxPackedRows) return false;
+  const int num_pairs = 2 * line.num_pairs();
+  if (num_shares / larger(num_pairs, 1) * num_pairs * 10 < num_shares * 9) return false;
+  Item half = line.items[0];
+  half.packed_count = kHalfPackedRows;
+  return choose_parts(half, num_pairs, num_shares) == even.parts;
+}
+
+// Whether an item's halves cost the same; half_limit: of the last row of the first half.
+inline __host__ __device__ bool halves_are_equal(const Item& item, int half_limit) {
+  return item.packed_count == kMaxPackedRows &&
+         (half_limit + kTileKeys - 1) / kTileKeys == item.num_tiles;
 }
 
 inline __host__ __device__ Share even_share(const Line& line, Even even, int c) {

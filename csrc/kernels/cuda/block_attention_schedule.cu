@@ -38,7 +38,7 @@ struct Scratch {
   PairCost costs[4];    // by kind, on the line
   PairCost dealing[4];  // where pairs are dealt
   uint32_t kinds;       // of all sequences, a bit each
-  uint32_t rereads;     // whether a sequence has several items, which read the same keys
+  uint32_t rereads;     // whether a sequence has more rows than an item: those read the same keys
 };
 
 // Exclusive prefix sum over the CTA; `total` gets the sum. Two barriers.
@@ -257,6 +257,18 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) 
   return true;
 }
 
+// Of few items, all in shared memory. Ends with a barrier.
+__device__ bool have_equal_halves(const ScheduleArgs& args, const Scratch& scratch, int num_items) {
+  const int tid = threadIdx.x;
+  bool equal = true;
+  if (tid < num_items) {
+    const Item& item = scratch.items[tid];
+    const int last_of_half = item.packed_begin + kHalfPackedRows - 1;
+    equal = halves_are_equal(item, args.kv_limits[item.row_begin + last_of_half / args.group]);
+  }
+  return __syncthreads_and(equal);
+}
+
 // Keys and values leave the L2 cache first: a step reads them once, and as ordinary lines they displace
 // the code of its kernels, which every layer fetches anew. Where prompts read theirs again, all stay
 // ordinary lines: of two kinds of lines neither is read as fast.
@@ -292,10 +304,10 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
     if (by_kind) break;
     const bool several = __popc(scratch.kinds) > 1;
     if (!several && scratch.least_cost == scratch.largest_cost) even = cut_evenly(line, num_shares);
-    if (halving_pays(line, even, num_shares)) {
+    // Halves of different cost could not be cut evenly.
+    if (halving_pays(line, even, num_shares) && have_equal_halves(args, scratch, line.num_items)) {
       item_rows = kHalfPackedRows;
       even = Even();
-      __syncthreads();  // all have read what is cleared
       clear(scratch);
       continue;
     }

@@ -25,17 +25,18 @@ struct Step {
   int num_kv_heads, num_shares;
   int length = 0;
 
-  Step(const std::vector<Sequence>& seqs, int group, int num_kv_heads_, int num_shares_)
+  Step(const std::vector<Sequence>& seqs, int group, int num_kv_heads_, int num_shares_,
+       int item_rows = kMaxPackedRows)
       : num_kv_heads(num_kv_heads_), num_shares(num_shares_) {
     HeadLoad load = {};
     for (size_t s = 0; s < seqs.size(); ++s) {
       const int packed = seqs[s].rows * group;
       const int tiles = (seqs[s].keys + kTileKeys - 1) / kTileKeys;
-      for (int begin = 0; begin < packed; begin += kMaxPackedRows) {
+      for (int begin = 0; begin < packed; begin += item_rows) {
         Item item = {};
         item.seq = static_cast<int>(s);
         item.packed_begin = begin;
-        item.packed_count = std::min(kMaxPackedRows, packed - begin);
+        item.packed_count = std::min(item_rows, packed - begin);
         item.num_tiles = tiles;
         const Cost cost = cost_of(kind_of(item.packed_count), false);
         load.arithmetic += cost.piece + cost.tile * tiles;
@@ -218,7 +219,8 @@ TEST(BlockAttentionCut, SharesHoldEveryTileOnce) {
     }
     SCOPED_TRACE(::testing::Message() << "trial " << trial);
     check(Step(seqs, random_int(rng, 1, 16), 1 << random_int(rng, 0, 3),
-               num_shares[random_int(rng, 0, 5)]));
+               num_shares[random_int(rng, 0, 5)],
+               random_int(rng, 0, 4) == 0 ? kHalfPackedRows : kMaxPackedRows));
     if (HasFatalFailure()) return;
   }
 }
@@ -238,7 +240,8 @@ TEST(BlockAttentionCut, FewRequestsAreCutAsMeasured) {
   EXPECT_EQ(parts(3, 1024), 4);
   EXPECT_EQ(parts(4, 512), 3);
   EXPECT_EQ(parts(4, 1024), 3);
-  EXPECT_EQ(parts(8, 512), 1);
+  EXPECT_EQ(parts(8, 11 * kTileKeys), 1);
+  EXPECT_EQ(parts(8, 12 * kTileKeys), 2);
   EXPECT_EQ(parts(8, 1024), 2);
   EXPECT_EQ(parts(16, 1024), 1);
 }
@@ -250,10 +253,17 @@ TEST(BlockAttentionCut, ItemsAreHalvedWhereHalfTheSharesAreIdle) {
   };
   EXPECT_TRUE(halved(1, 32, 1024));
   EXPECT_TRUE(halved(2, 32, 512));
+  EXPECT_TRUE(halved(1, 32, 512));
+  EXPECT_FALSE(halved(1, 32, 448));  // halves would be whole
+  EXPECT_FALSE(halved(1, 32, 256));
+  EXPECT_FALSE(halved(3, 32, 512));   // 48 pairs are not cut evenly
   EXPECT_FALSE(halved(1, 32, 2048));  // shares are busy with parts
   EXPECT_FALSE(halved(2, 32, 1024));
   EXPECT_FALSE(halved(1, 16, 1024));  // already half
   EXPECT_FALSE(halved(9, 32, 1024));  // not in equal parts
+  const Step step({{32, 1030}}, 4, 8, 132);
+  EXPECT_TRUE(halves_are_equal(step.items[0], 1025));
+  EXPECT_FALSE(halves_are_equal(step.items[0], 1024));  // a tile less
 }
 
 // No share of many requests is much longer than the mean, however unequal they are.
