@@ -5,13 +5,13 @@
 //
 // --case runs the one case of that name; --once calls it once, for a profiler.
 //
-// Every figure is the median over replays of one CUDA graph that holds several calls, each on KV of
-// its own, so that nothing is found in the L2; pages lie in random order. `us` counts one schedule
+// Every figure is the median over replays of one CUDA graph that holds several calls, each on other KV
+// than the calls before it, so that nothing is found in the L2; pages lie in random order. `us` counts one schedule
 // per call, `layer us` one schedule per graph (a step runs one schedule for all its layers).
 // `floor us` is the fastest plain read of the call's K and V, replayed in the same way.
 //
 // Prompts and steps of kManyRows are replayed for a while, as is a product of two 8192 x 8192 matrices
-// behind each prompt: the clock falls under such work, and all are compared at the clock that lasts.
+// behind each prompt: the clock falls under such work, and these are compared at the clock that lasts.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

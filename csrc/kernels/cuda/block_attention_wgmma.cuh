@@ -43,8 +43,7 @@ __device__ __forceinline__ void issue_values(WarpState<kHeadDim>& state,
 // Replaces the rows of V from `keys_left` on, which may hold anything, by zeros: a product with a
 // zero probability would let NaN through. Called by a whole warpgroup; both may do it to one slot.
 // The race checker does not always follow a slot from its release by all warps to its next fill, and
-// follows less without the flag that bench/gpu.sh passes: it reports these writes against ldmatrix in a
-// later piece of few rows.
+// follows less without the flag that bench/gpu.sh passes: see the barrier behind tall pieces.
 template <int kHeadDim>
 __device__ __forceinline__ void clear_values(uint32_t v, int keys_left) {
   constexpr int kChunks = kHeadDim / 8;

@@ -93,7 +93,7 @@ struct Feed {
   const uint4* from;  // the lane's first chunk of the next tile to come
   int index;          // of that tile
   uint32_t ring, offset = 0;
-  uint64_t policy = ptx::evict_first();  // read again only for top-k and top-p sets
+  uint64_t policy = ptx::evict_first();  // read again only where sampling looks one up
 
   // `shared`: kBytes of the warp.
   __device__ __forceinline__ Feed(const LogitsRow<T, true>& row, int first, void* shared)
