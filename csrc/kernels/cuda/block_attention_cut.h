@@ -12,6 +12,10 @@ namespace optimus::cuda::attention {
 inline __host__ __device__ int smaller(int a, int b) { return a < b ? a : b; }
 inline __host__ __device__ int larger(int a, int b) { return a > b ? a : b; }
 
+inline __host__ __device__ int tiles_of(int kv_limit) {
+  return (kv_limit + kTileKeys - 1) / kTileKeys;
+}
+
 // ------------------------------------------------------------------------------------------- costs
 
 // What items cost, by kind_of(): a tile, a piece beside its tiles (loading Q, merging the warps that
@@ -214,12 +218,6 @@ inline __host__ __device__ bool halving_pays(const Line& line, Even even, int nu
   Item half = line.items[0];
   half.packed_count = kHalfPackedRows;
   return choose_parts(half, num_pairs, num_shares) == even.parts;
-}
-
-// Whether an item's halves cost the same; half_limit: of the last row of the first half.
-inline __host__ __device__ bool halves_are_equal(const Item& item, int half_limit) {
-  return item.packed_count == kMaxPackedRows &&
-         (half_limit + kTileKeys - 1) / kTileKeys == item.num_tiles;
 }
 
 inline __host__ __device__ Share even_share(const Line& line, Even even, int c) {

@@ -72,7 +72,7 @@ __device__ Item make_item(const ScheduleArgs& args, const Scratch& scratch, int 
   int last = item.packed_begin + item.packed_count - 1;
   item.first_limit = args.kv_limits[item.row_begin + item.packed_begin / args.group];
   item.last_limit = args.kv_limits[item.row_begin + last / args.group];
-  item.num_tiles = (item.last_limit + kTileKeys - 1) / kTileKeys;
+  item.num_tiles = tiles_of(item.last_limit);
   item.num_old_keys = args.positions == nullptr ? 0 : args.positions[item.row_begin];
   return item;
 }
@@ -257,14 +257,16 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) 
   return true;
 }
 
-// Of few items, all in shared memory. Ends with a barrier.
+// Whether all items, few and in shared memory, are of two halves that cost the same. Ends with a
+// barrier.
 __device__ bool have_equal_halves(const ScheduleArgs& args, const Scratch& scratch, int num_items) {
   const int tid = threadIdx.x;
   bool equal = true;
   if (tid < num_items) {
     const Item& item = scratch.items[tid];
     const int last_of_half = item.packed_begin + kHalfPackedRows - 1;
-    equal = halves_are_equal(item, args.kv_limits[item.row_begin + last_of_half / args.group]);
+    equal = item.packed_count == kMaxPackedRows &&
+            tiles_of(args.kv_limits[item.row_begin + last_of_half / args.group]) == item.num_tiles;
   }
   return __syncthreads_and(equal);
 }

@@ -103,6 +103,10 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnHalvedItems) {
       if (HasFatalFailure()) return;
     }
     check_step(rng, {8, 4, head_dim, 32}, Limits(3, std::vector<int>(64, 400)), pool);
+    // Two items of one cost, of which the second is too short to be halved.
+    Limits limits = {std::vector<int>(32, 1920)};
+    limits[0].insert(limits[0].end(), 5, 2240);
+    check_step(rng, {4, 1, head_dim, 64}, limits, pool);
   }
 }
 
