@@ -50,7 +50,7 @@ def replay_us(body, replays=15, seconds=0.0):
 def gemm_tflops(n=8192):
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / replay_us(lambda: torch.mm(a, b, out=out), 30) * 1e-6
+    return 2 * n**3 / replay_us(lambda: torch.mm(a, b, out=out), 30, STEADY_SECONDS) * 1e-6
 
 
 def num_kv_sets(kv_len, batch):
