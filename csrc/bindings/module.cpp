@@ -5,6 +5,7 @@
 
 #include "bindings/names.h"
 #include "engine/engine.h"
+#include "models/linear.h"
 
 using namespace optimus;
 
@@ -183,6 +184,23 @@ void bind_pages(py::module_& m) {
       .def_property_readonly("num_cached", &PrefixCache::num_cached);
 }
 
+// The library's GEMM, whether or not it is what this machine's models run.
+void bind_bf16_gemm(py::module_& m) {
+  using Matrix = py::array_t<uint16_t, py::array::c_style>;
+  const auto multiply = [](const Matrix& x, const Matrix& weight, int num_threads) {
+    OPTIMUS_CHECK(x.ndim() == 2 && weight.ndim() == 2 && x.shape(1) == weight.shape(1),
+                  "[bf16_gemm] need x [rows, k] and weight [n, k], got ", x.ndim(), " and ",
+                  weight.ndim(), " dimensions, last ", x.ndim() > 0 ? x.shape(x.ndim() - 1) : 0,
+                  " and ", weight.ndim() > 0 ? weight.shape(weight.ndim() - 1) : 0);
+    Matrix out({x.shape(0), weight.shape(0)});
+    ThreadPool threads(num_threads);
+    bf16_gemm(x.data(), weight.data(), out.mutable_data(), static_cast<int>(x.shape(0)),
+              static_cast<int>(weight.shape(0)), static_cast<int>(x.shape(1)), threads);
+    return out;
+  };
+  m.def("bf16_gemm", multiply, py::arg("x"), py::arg("weight"), py::arg("num_threads") = 1);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -193,6 +211,7 @@ PYBIND11_MODULE(_C, m) {
     const DeviceMemoryInfo info = cuda_memory();
     return py::make_tuple(info.free, info.total);
   });
+  bind_bf16_gemm(m);
   bind_model(m);
   bind_configs(m);
   bind_outputs(m);

@@ -5,7 +5,7 @@
 
 namespace optimus {
 
-bool bf16_gemm_available() { return false; }
+bool bf16_gemm_pays() { return false; }
 
 void bf16_gemm(const void*, const void*, void*, int, int, int, ThreadPool&) {
   throw std::logic_error("[bf16_gemm] not part of the torch-free build");

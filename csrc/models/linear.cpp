@@ -11,7 +11,7 @@ Linear::Linear(int n, int k, DType dtype, Device device)
       k_(k),
       dtype_(dtype),
       device_(device),
-      row_major_(device == Device::cuda || (dtype == DType::bfloat16 && bf16_gemm_available())) {
+      row_major_(device == Device::cuda || (dtype == DType::bfloat16 && bf16_gemm_pays())) {
   Buffer<char>& loaded = device == Device::cuda ? weight_ : staging_;
   loaded = Buffer<char>(size_t(n) * k * dtype_size(dtype), device);
 }

@@ -53,9 +53,9 @@ class Linear {
   Buffer<char> weight_;   // row-major or packed
 };
 
-// Provided by exactly one of bf16_gemm_aten.cpp and bf16_gemm_portable.cpp. Whether it pays on this
-// machine.
-bool bf16_gemm_available();
+// Provided by exactly one of bf16_gemm_aten.cpp and bf16_gemm_portable.cpp.
+// Whether bf16_gemm is there, and faster than our GEMM on this machine.
+bool bf16_gemm_pays();
 // out [rows, n] = x [rows, k] * weight [n, k]^T, bf16 with fp32 accumulation.
 void bf16_gemm(const void* x, const void* weight, void* out, int rows, int n, int k,
                ThreadPool& threads);

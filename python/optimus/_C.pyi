@@ -12,6 +12,9 @@ def cuda_device_name() -> str: ...
 def cuda_memory() -> tuple[int, int]:
     """Free and total bytes of the GPU."""
 
+def bf16_gemm(x: np.ndarray, weight: np.ndarray, num_threads: int = 1) -> np.ndarray:
+    """x [rows, k] times weight [n, k] transposed, bf16 as uint16, by the library."""
+
 class ModelConfig:
     vocab_size: int
     hidden_size: int

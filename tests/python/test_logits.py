@@ -14,6 +14,7 @@ import torch
 
 from engine_testing import engine_model, make_engine
 from exact_logits import TOLERANCE, ExactLogits
+from optimus.native import _C
 from oracle_models import fresh_seed, random_oracle
 from reference_decoding import (
     KvStoreModel,
@@ -228,6 +229,19 @@ def test_rows_do_not_depend_on_their_company() -> None:
         ]
         bits.append(np.concatenate(parts).tobytes())
     assert len(set(bits)) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40, 97])
+def test_bf16_gemm_of_the_library(rows: int) -> None:
+    """Also where models run our own: within a rounding to bf16 of the product in float64."""
+    generator = torch.Generator().manual_seed(fresh_seed())
+    x, weight = (torch.randn(n, 136, generator=generator).bfloat16() for n in (rows, 75))
+    as_bits = [matrix.view(torch.uint16).numpy() for matrix in (x, weight)]
+    out = torch.from_numpy(_C.bf16_gemm(*as_bits, num_threads=3)).view(torch.bfloat16)
+    expected = x.double() @ weight.double().T
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-5 * 136)
+    with pytest.raises(ValueError, match=r"\[bf16_gemm\] need x .* got 2 and 2 dimensions, last 8"):
+        _C.bf16_gemm(as_bits[0][:, :8], as_bits[1])
 
 
 @pytest.mark.parametrize("name", ["small", "head64", "mqa-head80-tied", "head128"])
