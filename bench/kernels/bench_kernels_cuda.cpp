@@ -284,7 +284,7 @@ class Bench {
     DeviceBuffer<int32_t> ids(rows), fresh(num_slots), masked(num_slots);
     DeviceBuffer<float> confidence(rows), logprob(rows), entropy(rows);
     DeviceBuffer<uint8_t> committed(rows);
-    DeviceBuffer<char> workspace(unmask_workspace_bytes(rows, vocab_size));
+    auto workspace = filled(unmask_workspace_bytes(rows, vocab_size), char{0}, stream_);
     const size_t logits = size_t(rows) * vocab_size * kElement;
     UnmaskParams params{
         nullptr,

@@ -315,8 +315,9 @@ struct Candidates {
 //   entropy_bounded:        by ascending entropy while the running sum stays <= entropy_bound, >= 1
 // Ties go to the lower position. Source: the SDAR generation script's rules (JetAstra/SDAR).
 struct UnmaskParams {
-  const void* logits;            // [num_logit_rows, logits_stride], of which vocab_size are read
-  const int32_t* logit_slots;    // [num_logit_rows] rows of a slot are contiguous, ascending
+  const void* logits;  // [num_logit_rows, logits_stride], of which vocab_size are read
+  // [num_logit_rows] rows of a slot are contiguous, ascending, block_length at most
+  const int32_t* logit_slots;
   const int32_t* logit_offsets;  // [num_logit_rows]
   DecodeState state;
   Candidates out;
@@ -329,7 +330,8 @@ struct UnmaskParams {
   // When given, the real number of logits rows (build_rows' counts + 1), at most num_logit_rows:
   // then a captured graph covers num_logit_rows rows and looks only at those.
   const int32_t* num_logit_rows_device = nullptr;
-  void* workspace = nullptr;  // CUDA only: unmask_workspace_bytes, 16-byte aligned
+  // CUDA only: unmask_workspace_bytes, 16-byte aligned; all zero, as each call leaves it.
+  void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
 void unmask(const UnmaskParams&, const Execution&);

@@ -42,15 +42,18 @@ struct RowSums {
         argmax;  // the lowest column of m; of greedy rows, and a tile's only if it may be theirs
   } head;
   // Only of rows that are sampled:
-  float plain_sum;  // of 2^e(x, log2(e))
-  // The best column under noise and its noisy logit. A tile says so only if it may be the row's, and
-  // only if the row draws from all columns (no top-k).
-  float noisy;
-  int32_t sampled;
-  int32_t unused;
+  struct alignas(16) Tail {
+    float sum;  // of 2^e(x, log2(e))
+    // The best column under noise and its noisy logit. A tile says so only if it may be the row's, and
+    // only if the row draws from all columns (no top-k).
+    float noisy;
+    int32_t sampled;
+    float max;  // m, once more
+  } tail;
 };
 static_assert(sizeof(RowSums) == 32);
 
+// All zero between two calls.
 struct Workspace {
   RowSums* tiles;  // [num_logit_rows, num_tiles]
   // [num_logit_rows] at the first row of a slot that samples from a top-k or top-p set: how many of its
@@ -59,6 +62,57 @@ struct Workspace {
 };
 
 inline int num_tiles(int vocab_size) { return ceil_div(vocab_size, kTileColumns); }
+inline int scan_ctas(int num_logit_rows, int vocab_size) {
+  return std::min<int64_t>(int64_t(num_logit_rows) * num_tiles(vocab_size),
+                           device_properties().num_sms);
+}
+
+// The ranges of the CTAs of the scan: of the tiles of all rows, in order.
+struct Ranges {
+  uint32_t length, longer;  // the first `longer` ranges have one tile more
+
+  __device__ __forceinline__ Ranges(uint32_t num_tiles, uint32_t num_ctas)
+      : length(num_tiles / num_ctas), longer(num_tiles % num_ctas) {}
+  __device__ __forceinline__ uint32_t begin(uint32_t cta) const {
+    return cta * length + min(cta, longer);
+  }
+  // Of the tiles [first, end), the one that the scan comes to last, or nearly: the last in the range
+  // that `first` is in, since that range ends with it and the next one begins behind it.
+  __device__ __forceinline__ uint32_t last_in_time(uint32_t first, uint32_t end) const {
+    const uint32_t split = longer * (length + 1);
+    const uint32_t range_end = first < split ? (first / (length + 1) + 1) * (length + 1)
+                                             : split + ((first - split) / length + 1) * length;
+    return min(end, range_end) - 1;
+  }
+};
+
+// How half of a tile's RowSums goes from the scan to finish, which looks for it while the scan runs:
+// in one piece, so that nothing has to be ordered. It is there when its sum is not 0: the weight of the
+// largest logit is 1, or not a number.
+template <class Half>
+__device__ __forceinline__ void publish(const Half& half, Half* at) {
+  static_assert(sizeof(Half) == 16);
+  const auto* bits = reinterpret_cast<const uint64_t*>(&half);
+  asm volatile(
+      "{ .reg .b128 both; mov.b128 both, {%1, %2}; st.relaxed.gpu.global.b128 [%0], both; }" ::"l"(
+          at),
+      "l"(bits[0]), "l"(bits[1])
+      : "memory");
+}
+template <class Half>
+__device__ __forceinline__ void look_at(const Half* at, Half& half) {
+  static_assert(sizeof(Half) == 16);
+  auto* bits = reinterpret_cast<uint64_t*>(&half);
+  asm volatile(
+      "{ .reg .b128 both; ld.relaxed.gpu.global.b128 both, [%2]; mov.b128 {%0, %1}, both; }"
+      : "=l"(bits[0]), "=l"(bits[1])
+      : "l"(at)
+      : "memory");
+}
+template <class Half>
+__device__ __forceinline__ bool is_there(const Half& half) {
+  return half.sum != 0.0f;
+}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float result;

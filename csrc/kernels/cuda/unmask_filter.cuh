@@ -268,7 +268,7 @@ __device__ int32_t sample_filtered(const Row& row, FilterShared& shared) {
   const Sampling& sampling = row.sampling;
   if (sampling.top_k == 0) {
     const double target = double(sampling.top_p) * row.sums.head.sum;
-    return descend_to_nucleus(row, row.sums.sampled, target, shared);
+    return descend_to_nucleus(row, row.sums.tail.sampled, target, shared);
   }
   if (list_top_k(row, shared)) return draw_from_list(row, shared);
   int above = 0;

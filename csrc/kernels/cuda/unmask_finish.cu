@@ -2,7 +2,8 @@
 // a warp a row, so that nobody waits for other CTAs; but where the slot samples from a top-k or top-p
 // set, each row has a CTA, and the one that finishes last decides.
 //
-// It is short, a chain of latencies: it reads the decode state while the scan still runs.
+// It is short, a chain of latencies: it reads the decode state while the scan still runs, and the sums
+// of tiles as they come, for the end of a kernel and the start of the next cost a microsecond more.
 #include "kernels/cuda/unmask.cuh"
 #include "kernels/cuda/unmask_decide.cuh"
 #include "kernels/cuda/unmask_filter.cuh"
@@ -32,7 +33,29 @@ __device__ __forceinline__ void move_reference(float max, float rate, RowSums::H
   sums.max = max;
 }
 
+// The lane's next tiles' heads or tails; kAwaits: as soon as all of them are there. Those of none stay.
+template <bool kAwaits, class Half>
+__device__ __forceinline__ void read_tiles(const RowSums* tiles, Half RowSums::*half, int first,
+                                           int num_tiles, Half (&halves)[kTilesAtOnce]) {
+  const auto is_missing = [&](int k) {
+    return first + k * kWarp < num_tiles && !is_there(halves[k]);
+  };
+  bool more;
+  do {
+    more = false;
+#pragma unroll
+    for (int k = 0; k < kTilesAtOnce; ++k) {
+      const Half* at = &(tiles[first + k * kWarp].*half);
+      if (!is_missing(k)) continue;
+      kAwaits ? look_at(at, halves[k]) : void(halves[k] = *at);
+    }
+#pragma unroll
+    for (int k = 0; k < kTilesAtOnce; ++k) more |= kAwaits && is_missing(k);
+  } while (more);
+}
+
 // Adds the tiles' sums to `sums`, lane by lane: relative to the largest of the lane's tiles.
+template <bool kAwaits>
 __device__ __forceinline__ void add_lane_tiles(const RowSums* tiles, int num_tiles, float rate,
                                                RowSums& sums) {
 #pragma unroll 1
@@ -40,10 +63,8 @@ __device__ __forceinline__ void add_lane_tiles(const RowSums* tiles, int num_til
     RowSums::Head heads[kTilesAtOnce];
     float max = sums.head.max;
 #pragma unroll
-    for (int k = 0; k < kTilesAtOnce; ++k) {
-      heads[k] = {kLowest, 0, 0, INT32_MAX};
-      if (first + k * kWarp < num_tiles) heads[k] = tiles[first + k * kWarp].head;
-    }
+    for (int k = 0; k < kTilesAtOnce; ++k) heads[k] = {kLowest, 0, 0, INT32_MAX};
+    read_tiles<kAwaits>(tiles, &RowSums::head, first, num_tiles, heads);
 #pragma unroll
     for (int k = 0; k < kTilesAtOnce; ++k) max = fmaxf(max, heads[k].max);
     move_reference(max, rate, sums.head);
@@ -59,38 +80,53 @@ __device__ __forceinline__ void add_lane_tiles(const RowSums* tiles, int num_til
 
 // Of the tiles of a sampled row, relative to the row's largest logit: the plain sum, and the best
 // column under noise. Lane by lane.
+template <bool kAwaits>
 __device__ __forceinline__ void add_lane_tails(const RowSums* tiles, int num_tiles, RowSums& sums) {
   const float reference = reference_of(sums.head.max, kLog2E);
-#pragma unroll 4
-  for (int index = threadIdx.x % kWarp; index < num_tiles; index += kWarp) {
-    const RowSums tile = tiles[index];
-    sums.plain_sum += tile.plain_sum * exp2_fast(reference_of(tile.head.max, kLog2E) - reference);
-    if (is_better(tile.noisy, tile.sampled, sums.noisy, sums.sampled)) {
-      sums.noisy = tile.noisy;
-      sums.sampled = tile.sampled;
+#pragma unroll 1
+  for (int first = threadIdx.x % kWarp; first < num_tiles; first += kTilesAtOnce * kWarp) {
+    RowSums::Tail tails[kTilesAtOnce];
+#pragma unroll
+    for (int k = 0; k < kTilesAtOnce; ++k) tails[k] = {0, -INFINITY, INT32_MAX, kLowest};
+    read_tiles<kAwaits>(tiles, &RowSums::tail, first, num_tiles, tails);
+#pragma unroll
+    for (int k = 0; k < kTilesAtOnce; ++k) {
+      const RowSums::Tail& tail = tails[k];
+      sums.tail.sum += tail.sum * exp2_fast(reference_of(tail.max, kLog2E) - reference);
+      if (is_better(tail.noisy, tail.sampled, sums.tail.noisy, sums.tail.sampled)) {
+        sums.tail.noisy = tail.noisy;
+        sums.tail.sampled = tail.sampled;
+      }
     }
   }
 }
 
 // What the row's tiles add up to, by a warp; complete in every lane.
+template <bool kAwaits>
 __device__ __forceinline__ RowSums add_tiles(const RowSums* tiles, int num_tiles,
                                              const Sampling& sampling) {
-  RowSums sums{{kLowest, 0, 0, INT32_MAX}, 0, -INFINITY, INT32_MAX, 0};
+  RowSums sums{{kLowest, 0, 0, INT32_MAX}, {0, -INFINITY, INT32_MAX, kLowest}};
   RowSums::Head& head = sums.head;
-  add_lane_tiles(tiles, num_tiles, sampling.rate(), sums);
+  add_lane_tiles<kAwaits>(tiles, num_tiles, sampling.rate(), sums);
   move_reference(warp_max(head.max), sampling.rate(), head);
   head.sum = reduce_lanes(head.sum, Sum());
   head.weighted = reduce_lanes(head.weighted, Sum());
   head.argmax = warp_min(head.argmax);
-  sums.plain_sum = head.sum;
+  sums.tail.sum = head.sum;
   if (!sampling.sampled) return sums;
-  sums.plain_sum = 0;
-  add_lane_tails(tiles, num_tiles, sums);
-  sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
-  const float noisy = warp_max(sums.noisy);
-  sums.sampled = warp_min(sums.noisy == noisy ? sums.sampled : INT32_MAX);
-  sums.noisy = noisy;
+  sums.tail.sum = 0;
+  add_lane_tails<kAwaits>(tiles, num_tiles, sums);
+  sums.tail.sum = reduce_lanes(sums.tail.sum, Sum());
+  const float noisy = warp_max(sums.tail.noisy);
+  sums.tail.sampled = warp_min(sums.tail.noisy == noisy ? sums.tail.sampled : INT32_MAX);
+  sums.tail.noisy = noisy;
   return sums;
+}
+
+// For the next call, which may have other things at these places.
+__device__ __forceinline__ void clear_tiles(RowSums* tiles, int num_tiles, int first, int step) {
+#pragma unroll 1
+  for (int index = first; index < num_tiles; index += step) tiles[index] = {};
 }
 
 struct Candidate {
@@ -109,7 +145,7 @@ __device__ __forceinline__ Candidate write_candidate(const UnmaskParams& p, int 
   const Candidate candidate{token < p.vocab_size ? token : 0, exp2_fast(exponent) / sums.head.sum,
                             logf(sums.head.sum) - kLn2 * sums.head.weighted / sums.head.sum};
   p.out.token_ids[row] = candidate.token;
-  p.out.logprob[row] = kLn2 * plain_exponent - logf(sums.plain_sum);
+  p.out.logprob[row] = kLn2 * plain_exponent - logf(sums.tail.sum);
   p.out.confidence[row] = candidate.confidence;
   p.out.entropy[row] = candidate.entropy;
   return candidate;
@@ -123,7 +159,9 @@ __device__ bool arrive(const Workspace& workspace, const Segment& slot_rows) {
                : "=r"(before)
                : "l"(workspace.arrived + slot_rows.begin)
                : "memory");
-  return before + 1 == uint32_t(slot_rows.count);
+  const bool is_last = before + 1 == uint32_t(slot_rows.count);
+  if (is_last) workspace.arrived[slot_rows.begin] = 0;
+  return is_last;
 }
 
 // By the CTA of a row.
@@ -131,42 +169,59 @@ template <class T, bool kVector>
 __device__ __noinline__ void finish_filtered_row(const UnmaskParams& p, const Workspace& workspace,
                                                  int num_tiles, int row, Segment slot_rows,
                                                  Sampling sampling, Shared& shared) {
-  const RowSums* tiles = workspace.tiles + size_t(row) * num_tiles;
+  RowSums* tiles = workspace.tiles + size_t(row) * num_tiles;
   wait_until_previous_is_done();
   const uint64_t key = noise_key_of(p, row, slot_rows.slot);
-  const FilteredRow<T, kVector> filtered{
-      LogitsRow<T, kVector>(p, row),         sampling, key,
-      add_tiles(tiles, num_tiles, sampling), tiles,    num_tiles};
+  const FilteredRow<T, kVector> filtered{LogitsRow<T, kVector>(p, row),
+                                         sampling,
+                                         key,
+                                         add_tiles<false>(tiles, num_tiles, sampling),
+                                         tiles,
+                                         num_tiles};
   const int32_t token = sample_filtered(filtered, shared.filter);
   if (threadIdx.x == 0) {
     write_candidate(p, row, filtered.sums, sampling.rate(), token, filtered.logits.at(token));
     shared.decides = arrive(workspace, slot_rows);
   }
   __syncthreads();
+  clear_tiles(tiles, num_tiles, threadIdx.x, kThreads);
   if (!shared.decides) return;
   load_window(p, slot_rows, shared.decide);
   load_candidates(p, slot_rows, shared.decide);
   decide(p, slot_rows, Rules(p.state, slot_rows), shared.decide);
 }
 
+__device__ __forceinline__ void await_tile(const RowSums* tile) {
+  RowSums::Head head;
+  do {
+    look_at(&tile->head, head);
+  } while (!is_there(head));
+}
+
 // By the CTA of a slot's first row, if each row's tiles say it all.
 template <class T, bool kVector>
 __device__ __forceinline__ void finish_slot(const UnmaskParams& p, const Workspace& workspace,
                                             int num_tiles, const Segment& rows,
-                                            const Sampling& sampling, DecideShared& shared) {
+                                            const Sampling& sampling, const Ranges& ranges,
+                                            DecideShared& shared) {
   const Rules rules(p.state, rows);
   load_window(p, rows, shared);
-  wait_until_previous_is_done();
   for (int i = threadIdx.x / kWarp; i < rows.count; i += kWarps) {
     const int row = rows.begin + i;
-    const RowSums sums = add_tiles(workspace.tiles + size_t(row) * num_tiles, num_tiles, sampling);
-    if (threadIdx.x % kWarp != 0) continue;
-    const int32_t token = sampling.sampled ? sums.sampled : sums.head.argmax;
-    const float logit = sampling.sampled ? LogitsRow<T, kVector>(p, row).at(token) : sums.head.max;
-    const Candidate candidate = write_candidate(p, row, sums, sampling.rate(), token, logit);
-    shared.tokens[i] = candidate.token;
-    shared.confidence[i] = candidate.confidence;
-    shared.entropy[i] = candidate.entropy;
+    RowSums* tiles = workspace.tiles + size_t(row) * num_tiles;
+    const uint32_t first = row * num_tiles;
+    await_tile(workspace.tiles + ranges.last_in_time(first, first + num_tiles));
+    const RowSums sums = add_tiles<true>(tiles, num_tiles, sampling);
+    if (threadIdx.x % kWarp == 0) {
+      const int32_t token = sampling.sampled ? sums.tail.sampled : sums.head.argmax;
+      const float logit =
+          sampling.sampled ? LogitsRow<T, kVector>(p, row).at(token) : sums.head.max;
+      const Candidate candidate = write_candidate(p, row, sums, sampling.rate(), token, logit);
+      shared.tokens[i] = candidate.token;
+      shared.confidence[i] = candidate.confidence;
+      shared.entropy[i] = candidate.entropy;
+    }
+    clear_tiles(tiles, num_tiles, threadIdx.x % kWarp, kWarp);
   }
   decide(p, rows, rules, shared);
 }
@@ -175,7 +230,7 @@ __device__ __forceinline__ void finish_slot(const UnmaskParams& p, const Workspa
 template <class T, bool kVector>
 __global__ void __maxnreg__(kFinishRegisters<T>)
     finish_kernel(const __grid_constant__ UnmaskParams p,
-                  const __grid_constant__ Workspace workspace, int num_tiles) {
+                  const __grid_constant__ Workspace workspace, int num_tiles, int num_scan_ctas) {
   __shared__ Shared shared;
   let_next_kernel_start();
   const int row = blockIdx.x, num_rows = num_real_rows(p);
@@ -186,10 +241,11 @@ __global__ void __maxnreg__(kFinishRegisters<T>)
     if (sampling.filtered()) {
       finish_filtered_row<T, kVector>(p, workspace, num_tiles, row, rows, sampling, shared);
     } else if (rows.begin == row) {
-      finish_slot<T, kVector>(p, workspace, num_tiles, rows, sampling, shared.decide);
+      finish_slot<T, kVector>(p, workspace, num_tiles, rows, sampling,
+                              Ranges(num_rows * num_tiles, num_scan_ctas), shared.decide);
     }
   }
-  // This kernel must not be complete before the scan is; all others make room for the next CTAs.
+  // This kernel must not be complete before the scan is, whatever it has seen of it; all others make room for the next CTAs.
   if (row == 0) wait_until_previous_is_done();
 }
 
@@ -201,7 +257,8 @@ void launch_finish(const UnmaskParams& params, const Workspace& workspace, bool 
   dispatch_device_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     launch(vector ? finish_kernel<T, true> : finish_kernel<T, false>, shape, stream, params,
-           workspace, num_tiles(params.vocab_size));
+           workspace, num_tiles(params.vocab_size),
+           scan_ctas(params.num_logit_rows, params.vocab_size));
   });
 }
 

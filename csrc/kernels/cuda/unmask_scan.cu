@@ -290,20 +290,20 @@ __device__ __forceinline__ void add_sampled(const Tile<T>& tile, int index, Samp
       weight[j] = exp2_fast(exponent);
       sums.head.sum += weight[j];
       sums.head.weighted += weight[j] * exponent;
-      sums.plain_sum += exp2_fast(exponent_of(x[j], kLog2E, plain_reference));
+      sums.tail.sum += exp2_fast(exponent_of(x[j], kLog2E, plain_reference));
     }
     if (draws) draw.add(x, weight, tile.chunk(index, i) * kChunk);
   }
   sums.head.sum = reduce_lanes(sums.head.sum, Sum());
   sums.head.weighted = reduce_lanes(sums.head.weighted, Sum());
-  sums.plain_sum = reduce_lanes(sums.plain_sum, Sum());
+  sums.tail.sum = reduce_lanes(sums.tail.sum, Sum());
   if (!draws) return;
   __syncwarp();                                        // all have read it
   if (threadIdx.x % kWarp == 0) row.best = draw.best;  // the same in all lanes
   __syncwarp();
   draw.reduce_lanes();
-  sums.noisy = draw.noisy;
-  sums.sampled = draw.column;
+  sums.tail.noisy = draw.noisy;
+  sums.tail.sampled = draw.column;
 }
 
 template <class T, bool kVector>
@@ -353,10 +353,8 @@ __global__ void __maxnreg__(kScanRegisters<T>)
   wait_until_previous_is_done();
   let_next_kernel_start();
   const int warp = threadIdx.x / kWarp;
-  const uint32_t total = num_real_rows(p) * num_tiles;
-  const uint32_t share = total / gridDim.x, rest = total % gridDim.x;
-  const uint32_t end = (blockIdx.x + 1) * share + min(blockIdx.x + 1, rest);
-  const uint32_t first = blockIdx.x * share + min(blockIdx.x, rest) + warp;
+  const Ranges ranges(num_real_rows(p) * num_tiles, gridDim.x);
+  const uint32_t first = ranges.begin(blockIdx.x) + warp, end = ranges.begin(blockIdx.x + 1);
   if (first >= end) return;
   Place place{int(first / num_tiles), int(first % num_tiles)};
   int left = (end - first + kScanWarps - 1) / kScanWarps;  // with the one at hand
@@ -368,7 +366,6 @@ __global__ void __maxnreg__(kScanRegisters<T>)
     if (enters) {
       kind = enter_row(p, place.row, shared.sampled[warp]);
       best = -INFINITY;
-      if (place.index == 0) workspace.arrived[place.row] = 0;
     }
     Tile<T> tile;
     tiles.take(row, place.index, tile);
@@ -379,11 +376,14 @@ __global__ void __maxnreg__(kScanRegisters<T>)
       if (head.max > best) head.argmax = find_column(tile, place.index, head.max);
       best = fmaxf(best, head.max);
       add_greedy(tile, head);
-      if (threadIdx.x % kWarp == 0) record->head = head;
+      if (threadIdx.x % kWarp == 0) publish(head, &record->head);
     } else if (kind == RowKind::sampled) {
-      RowSums sums{head, 0, -INFINITY, INT32_MAX, 0};
+      RowSums sums{head, {0, -INFINITY, INT32_MAX, head.max}};
       add_sampled(tile, place.index, shared.sampled[warp], sums);
-      if (threadIdx.x % kWarp == 0) *record = sums;
+      if (threadIdx.x % kWarp == 0) {
+        publish(sums.head, &record->head);
+        publish(sums.tail, &record->tail);
+      }
     }
   }
 }
@@ -391,8 +391,7 @@ __global__ void __maxnreg__(kScanRegisters<T>)
 template <class T, bool kVector>
 void launch_scan_kernel(const UnmaskParams& params, const Workspace& workspace, int num_tiles,
                         cudaStream_t stream) {
-  const int64_t tiles = int64_t(params.num_logit_rows) * num_tiles;
-  const int grid = std::min<int64_t>(tiles, device_properties().num_sms);
+  const int grid = scan_ctas(params.num_logit_rows, params.vocab_size);
   const int shared_bytes = sizeof(ScanShared<T, kVector>);
   OPTIMUS_CUDA_CHECK(cudaFuncSetAttribute(
       scan_kernel<T, kVector>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));

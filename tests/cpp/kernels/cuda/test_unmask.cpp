@@ -39,7 +39,7 @@ GpuResult run_on_gpu(UnmaskCall call, const UnmaskCall& expected, bool check_sta
   auto num_fresh = upload(call.num_fresh), num_masked = upload(call.num_masked);
   DeviceBuffer<char> workspace(
       std::max<size_t>(1, unmask_workspace_bytes(call.num_rows(), call.vocab_size)));
-  workspace.fill_bytes(0xff);
+  workspace.fill_bytes(0);
   UnmaskParams params = call.params();
   params.logits = logits.data();
   params.logit_slots = slots.data();
@@ -57,6 +57,8 @@ GpuResult run_on_gpu(UnmaskCall call, const UnmaskCall& expected, bool check_sta
     params.num_logit_rows_device = num_rows.data();
   }
   for (int i = 0; i < times; ++i) cuda::unmask(params, nullptr);
+  const std::vector<char> left = download(workspace);
+  EXPECT_EQ(std::count(left.begin(), left.end(), 0), int64_t(left.size())) << "for the next call";
   GpuResult result{download(token_ids),  download(num_fresh), download(num_masked),
                    download(confidence), download(logprob),   download(entropy),
                    download(committed),  download(out_slots), download(out_offsets)};
