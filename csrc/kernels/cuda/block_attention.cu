@@ -63,6 +63,7 @@ Workspace layout_workspace(const BlockAttentionParams& params) {
   };
   size_t partial_rows = size_t{2} * ws.num_shares * ws.partial_rows;
   ws.shares = reinterpret_cast<Share*>(take(sizeof(Share) * ws.num_shares));
+  ws.claims = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t)));
   ws.kv_policy = reinterpret_cast<uint64_t*>(take(sizeof(uint64_t)));
   ws.arrivals = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t) * ws.num_shares));
   ws.left_rows = reinterpret_cast<uint32_t*>(take(sizeof(uint32_t) * 2 * ws.num_shares));

@@ -16,6 +16,10 @@
 //          by item, within an item KV head by KV head, within a head by key, and share c is the tiles
 //          that begin in the c-th equal interval of the line.
 //
+// SMs do not read equally fast: some get a fifth more of the memory's bandwidth. Where pairs of up to 16
+// packed rows are many, shares hold but two of them each, and whichever CTA is ready first *claims* the
+// next of the others.
+//
 // What cuts cost is mostly code that merges, fetched anew in every layer. A share holds at most one
 // piece that began in an earlier share (partial slot 0) and one that goes on into a later share
 // (partial slot 1); all others are whole and go straight to the output, those of up to 64 packed rows
@@ -76,11 +80,13 @@ struct Share {
   int end_tile;          // of the first piece
   int next_pair;         // behind it
   Merge earlier, later;  // of the piece that began in an earlier share, of one that ends in a later
+  int first_claimed, num_pairs;  // pairs from the first on are claimed, whole; if there are any
 };
 
 // Pointers into the caller's workspace.
 struct Workspace {
   Share* shares;        // [num_shares]
+  uint32_t* claims;     // [1] made in a layer so far
   uint64_t* kv_policy;  // [1] with which the step's keys and values are read: createpolicy's word
   uint32_t* arrivals;   // [num_shares] by first share of a merge: parts written since the schedule
   uint32_t* left_rows;  // [num_shares * 2] by partial slot: not 0 while its rows wait to be merged

@@ -164,12 +164,41 @@ inline __host__ __device__ Share cut_share(const Line& line, Cut cut, int c) {
   return share;
 }
 
+// ---------------------------------------------------------------------------------------- claims
+
+// Whether pairs are claimed. Measured: pairs of more rows wait for arithmetic as well as for the memory,
+// and claims cost them more than they bring, as where pairs are few.
+inline __host__ __device__ bool claims_pay(int kind, int num_pairs, int least, int num_shares) {
+  return kind == 0 && num_pairs >= least * num_shares;
+}
+constexpr int kLeastEqualToClaim = 3, kLeastUnequalToClaim = 6;  // pairs per share
+
+// What a share holds then: while it reads the first pair its CTA claims one for behind the second.
+constexpr int kHeldPairs = 2;
+
+// Of pairs by falling cost: one of the longest, and one of the next. The second is the chain's end.
+inline __host__ __device__ int second_held_pair(int c, int num_shares) {
+  return kHeldPairs * num_shares - 1 - c;
+}
+inline __host__ __device__ Share claiming_share(const Item& item, int c, int num_pairs,
+                                                int num_shares) {
+  Share share = {};
+  share.item = item;
+  share.begin = {c, 0};
+  share.end = {num_pairs, 0};
+  share.end_tile = item.num_tiles;
+  share.next_pair = second_held_pair(c, num_shares);
+  share.first_claimed = kHeldPairs * num_shares;
+  share.num_pairs = num_pairs;
+  return share;
+}
+
 // ------------------------------------------------------------------------------ pairs of one cost
 
 // When all pairs cost the same (one request, or requests of the same length), shares of whole
 // pairs, or pairs in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
 struct Even {
-  int pairs = 0;  // per share; or
+  int pairs = 0;  // per share; all others are claimed, if there are any; or
   int parts = 0;  // per pair
   __host__ __device__ bool used() const { return pairs > 0 || parts > 0; }
 };
@@ -201,8 +230,12 @@ inline __host__ __device__ Even cut_evenly(const Line& line, int num_shares) {
   const int num_pairs = line.num_pairs();
   if (num_pairs == 0) return even;
   if (num_pairs > num_shares) {
+    const int kind = kind_of(line.items[0].packed_count);
     int pairs = (num_pairs + num_shares - 1) / num_shares;
-    if (num_pairs * 10 >= pairs * num_shares * 9) even.pairs = pairs;
+    if (claims_pay(kind, num_pairs, kLeastEqualToClaim, num_shares)) {
+      even.pairs = kHeldPairs;
+    } else if (num_pairs * 10 >= pairs * num_shares * 9)
+      even.pairs = pairs;
   } else if (num_shares / num_pairs * num_pairs * 10 >= num_shares * 9) {
     even.parts = choose_parts(line.items[0], num_pairs, num_shares);
   }
@@ -220,7 +253,7 @@ inline __host__ __device__ bool halving_pays(const Line& line, Even even, int nu
   return choose_parts(half, num_pairs, num_shares) == even.parts;
 }
 
-inline __host__ __device__ Share even_share(const Line& line, Even even, int c) {
+inline __host__ __device__ Share even_share(const Line& line, Even even, int c, int num_shares) {
   int num_pairs = line.num_pairs();
   int parts = larger(even.parts, 1), pairs = larger(even.pairs, 1);
   int pair = c / parts * pairs, part = c % parts;
@@ -233,6 +266,8 @@ inline __host__ __device__ Share even_share(const Line& line, Even even, int c) 
     share.end_tile = (part + 1) * tiles / parts;
     share.next_pair = pair + 1;
     share.earlier = share.later = {c - part, parts};
+    share.first_claimed = smaller(num_shares * pairs, num_pairs);
+    share.num_pairs = num_pairs;
   }
   return share;
 }

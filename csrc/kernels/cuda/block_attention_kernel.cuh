@@ -74,10 +74,12 @@ struct Consumer {
     const Queries rows = queries;
     const PieceOutput done(args, piece);
     const Item item = piece.item;
+    // Whoever claims a pair, its tiles are taken alike.
+    if (kRowWarps == 1 && piece.is_claimed()) turn = 0;
     const int first_tile = piece.at.tile, tile_shift = begin_turns(piece, turn);
     const int count = (piece.end_tile - first_tile) << tile_shift;
     State state;
-    begin_piece(state, piece, queries);
+    begin_piece<kRowWarps>(state, piece, queries);
     int first_row = warp / kRowWarps % (kTileKeys / kKeys) * kKeys;
     for (int i = 0; i < count; ++i) {
       if (turn++ % kTeams == warp / kWarps) {
@@ -99,18 +101,20 @@ struct Consumer {
   }
 
   // Takes Q. Where there is room, the next piece's Q is on its way from then on, else from the end.
+  template <int kRowWarps>
   __device__ __forceinline__ void begin_piece(State& state, Piece& piece, Queries& queries) {
     state.take(queries, output.staging(), lane);
-    if (kQueriesApart) move_on(piece, queries);
+    if (kQueriesApart) move_on<kRowWarps == 1>(piece, queries);
   }
   template <int kRowWarps>
   __device__ __forceinline__ void end_piece(State& state, const PieceOutput& done,
                                             const Queries& rows, Piece& piece, Queries& queries) {
     output.template finish<kRowWarps>(args, state, done, rows, warp, lane);
-    if (!kQueriesApart) move_on(piece, queries);
+    if (!kQueriesApart) move_on<kRowWarps == 1>(piece, queries);
   }
+  template <bool kMayClaim>
   __device__ __forceinline__ void move_on(Piece& piece, Queries& queries) {
-    piece.next(args);
+    piece.next<kMayClaim>(args, ring);
     if (!piece.valid()) return;
     queries = find(piece);
     copy_queries<kHeadDim>(args, queries, output.staging(), lane);
@@ -172,7 +176,7 @@ struct Consumer {
     const int end = end_tile << tile_shift;
     int i = piece.at.tile << tile_shift;
     State state;
-    begin_piece(state, piece, queries);
+    begin_piece<kRowWarps>(state, piece, queries);
     bool k_is_there = false;  // of the tile at hand
     RingPosition held;        // the tile whose probabilities are in p
     int held_tile = -1;

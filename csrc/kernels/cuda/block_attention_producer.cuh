@@ -29,14 +29,41 @@ struct Producer {
     if (!piece.valid()) return;
     Pages pages = load_pages(piece, piece.at.tile);
     bool has_waited = false;
+    if (piece.num_claims >= 0) init_claims();
     while (true) {
+      if (!is_v && piece.next_is_claimed()) claim(share, piece.num_claims, has_waited);
       stream(piece, pages, at, has_waited);
-      piece.next(args);
+      piece.next<true>(args, ring);
       if (!piece.valid()) break;
       pages = load_pages(piece, piece.at.tile);
     }
     // The next kernel reads weights before its turn: not while there are keys to be asked for.
     if (is_v) let_next_kernel_start();
+  }
+
+  // Consumers see it with K's first tile, before the first claim.
+  __device__ void init_claims() const {
+    if (!is_v && lane == 0) {
+#pragma unroll 1
+      for (int i = 0; i < kClaims; ++i) ptx::barrier_init(ring.claim_made(i), 1);
+    }
+    ptx::named_barrier(kProducerBarrier, kProducerWarps * 32);
+  }
+
+  // By the K producer, before it streams the piece in front: the CTA's i-th claim. Every CTA claims until
+  // it gets none. Who makes the layer's last claim clears the count for the next layer, which does not
+  // claim before this kernel is done.
+  __device__ void claim(const Share& share, int i, bool& has_waited) const {
+    if (!has_waited) wait_until_previous_is_done();
+    has_waited = true;
+    if (lane == 0) {
+      const uint32_t left = share.num_pairs - share.first_claimed;
+      const uint32_t before = atomicAdd(args.ws.claims, 1u);
+      if (before + 1 == left + gridDim.x) *args.ws.claims = 0;
+      ptx::store_shared(ring.claimed_pair(i), before < left ? share.first_claimed + before : ~0u);
+      ptx::barrier_arrive(ring.claim_made(i));
+    }
+    __syncwarp();
   }
 
   __device__ Pages load_pages(const Piece& piece, int tile) const {

@@ -205,8 +205,8 @@ __device__ void deal_pairs(const ScheduleArgs& args, uint32_t* orders, int deale
   orders[above] = last_above;
 }
 
-// Whether pairs can be dealt so that no share is much longer than the others. Then shares and items
-// are written. Where some pairs are too long, several ways to cut them are tried at once.
+// Whether pairs can be dealt so that no share is much longer than the others, or claimed. Then shares
+// and items are written. Where some pairs are too long, several ways to cut them are tried at once.
 __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) {
   const int num_shares = args.ws.num_shares, num_heads = args.num_kv_heads;
   const int tid = threadIdx.x, num_pairs = num_items * num_heads;
@@ -217,6 +217,15 @@ __device__ bool deal(const ScheduleArgs& args, Scratch& scratch, int num_items) 
   const int part = scratch.dealt_cost * num_heads / num_shares;
   if (part + costs[0] >= kMaxDealtLoad / 2) return false;
   const auto item_of = [&](int rank) -> const Item& { return scratch.items[scratch.seqs[rank]]; };
+  if (scratch.kinds == 1 && costs[0] <= part &&
+      claims_pay(0, num_pairs, kLeastUnequalToClaim, num_shares)) {
+    if (tid < num_items) args.ws.items[tid] = item_of(tid);
+    if (tid < num_shares) {
+      args.ws.shares[tid] = claiming_share(item_of(tid / num_heads), tid, num_pairs, num_shares);
+      args.ws.next_pairs[second_held_pair(tid, num_shares)] = num_pairs;
+    }
+    return true;
+  }
   // A thread for each share in each way.
   const int way = tid / kMaxDealtShares, c = tid % kMaxDealtShares;
   const CutPairs cut = cut_long_pairs(c, item_of, num_items, scratch.dealing,
@@ -335,11 +344,15 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
   }
   for (int c = threadIdx.x; c < num_shares; c += kThreads) {
     if (!dealt) {
-      args.ws.shares[c] = even.used() ? even_share(line, even, c) : cut_share(line, cut, c);
+      args.ws.shares[c] =
+          even.used() ? even_share(line, even, c, num_shares) : cut_share(line, cut, c);
     }
     args.ws.arrivals[c] = args.ws.left_rows[2 * c] = args.ws.left_rows[2 * c + 1] = 0;
   }
-  if (threadIdx.x == 0) *args.ws.kv_policy = kv_policy(scratch);
+  if (threadIdx.x == 0) {
+    *args.ws.kv_policy = kv_policy(scratch);
+    *args.ws.claims = 0;
+  }
   // No kernel behind this one starts before its shares are there: they read them before they wait.
   __threadfence();
   __syncthreads();

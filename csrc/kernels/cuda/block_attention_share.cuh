@@ -19,8 +19,11 @@ constexpr int kProducerWarps = 2;                    // one for K, one for V
 constexpr int kThreads = (kConsumerWarps + 4) * 32;  // whole warpgroups
 constexpr int kMaxSlots = 10;
 constexpr int kCutPiecesBytes = 64;
+constexpr int kClaims =
+    16;  // of a CTA, that it has not come to: fewer, for its ring holds 4 to 10 tiles
 constexpr int kConsumerBarrier = 1;
 constexpr int kWarpgroupBarrier = 2;  // and 3: one per consumer warpgroup
+constexpr int kProducerBarrier = 4;
 
 struct AttentionArgs {
   const __nv_bfloat16* q;
@@ -56,7 +59,7 @@ struct SharedLayout {
   static constexpr int kSums = kConsumerWarps * 16 * kHeadDim * 4;
   static constexpr int kQueries = kConsumerWarps * 16 * kHeadDim * 2;
   static constexpr int kMaxSum = kConsumerWarps * 16 * 8;
-  static constexpr int kBarriers = 4 * kMaxSlots * 8;
+  static constexpr int kBarriers = 4 * kMaxSlots * 8 + kClaims * 12;
   static constexpr int kAlignment = 1024;  // of the swizzle pattern
 
   static int bytes(int num_slots, bool queries_apart) {
@@ -86,6 +89,13 @@ struct Ring {
   __device__ uint32_t v_full(int slot) const { return barriers + (kMaxSlots + slot) * 8; }
   __device__ uint32_t k_released(int slot) const { return barriers + (2 * kMaxSlots + slot) * 8; }
   __device__ uint32_t v_released(int slot) const { return barriers + (3 * kMaxSlots + slot) * 8; }
+  // Of the CTA's i-th claim: that it has been made, and the pair.
+  __device__ uint32_t claim_made(int i) const {
+    return barriers + (4 * kMaxSlots + i % kClaims) * 8;
+  }
+  __device__ uint32_t claimed_pair(int i) const {
+    return barriers + (4 * kMaxSlots + kClaims) * 8 + i % kClaims * 4;
+  }
 };
 
 // By a team, which is a warpgroup. Two barriers by name: the race checker does not follow one whose
@@ -130,26 +140,55 @@ struct Piece {
   bool two_heads;             // of two pairs at once, whole ones of this head and the next
   Position end;               // of the share
   int next_pair, pair_after;  // behind the piece; behind that, loaded ahead
+  int num_claims;             // taken so far; below 0: nothing is claimed
 
   __device__ Piece(const AttentionArgs& args, const Share& share)
-      : item(share.item), at(share.begin), end(share.end), next_pair(share.next_pair) {
+      : item(share.item),
+        at(share.begin),
+        end(share.end),
+        next_pair(share.next_pair),
+        num_claims(share.first_claimed < share.num_pairs ? 0 : -1) {
     enter(args);
     end_tile = share.end_tile;
   }
   __device__ bool valid() const { return is_before_end(at); }
   __device__ bool whole() const { return at.tile == 0 && end_tile == item.num_tiles; }
-  __device__ void next(const AttentionArgs& args) {
-    if (!is_before_end({next_pair, 0})) {
-      at = end;
-      return;
+  __device__ bool next_is_claimed() const {
+    return num_claims >= 0 && !is_before_end({next_pair, 0});
+  }
+  __device__ bool is_claimed() const { return num_claims > 0; }
+  // Without kMayClaim only where no pairs are claimed: it is a third less code.
+  template <bool kMayClaim>
+  __device__ void next(const AttentionArgs& args, const Ring& ring) {
+    const int item_idx = item_of(args, at.pair);
+    if (is_before_end({next_pair, 0})) {
+      if (item_of(args, next_pair) != item_idx) item = following;
+      at = {next_pair, 0};
+      next_pair = pair_after;
+    } else {
+      const int pair = kMayClaim && num_claims >= 0 ? take_claim(ring) : -1;
+      if (pair < 0) {
+        at = end;
+        return;
+      }
+      if (item_of(args, pair) != item_idx) {
+        item = load_past_l1(&args.ws.items[item_of(args, pair)]);
+      }
+      at = {pair, 0};
+      next_pair = pair + 1;
+      end = {next_pair, 0};
     }
-    if (item_of(args, at.pair) != item_of(args, next_pair)) item = following;
-    at = {next_pair, 0};
-    next_pair = pair_after;
     enter(args);
   }
 
  private:
+  // A pair, or -1: there are no more.
+  __device__ int take_claim(const Ring& ring) {
+    ptx::barrier_wait(ring.claim_made(num_claims), num_claims / kClaims & 1);
+    int pair;
+    ptx::load_shared(pair, ring.claimed_pair(num_claims++));
+    return pair;
+  }
   __device__ static int item_of(const AttentionArgs& args, int pair) {
     return divide(pair, args.kv_heads_inverse);
   }
@@ -165,8 +204,9 @@ struct Piece {
     head = at.pair - item_idx * args.num_kv_heads;
     end_tile = at.pair == end.pair ? end.tile : item.num_tiles;
     look_ahead(args);
-    two_heads = kind_of(item.packed_count) < 3 && at.tile == 0 && next_pair == at.pair + 1 &&
-                next_pair < end.pair && head + 1 < args.num_kv_heads;
+    // Who claims has two pieces before the first claim, so that it is there in time.
+    two_heads = num_claims < 0 && kind_of(item.packed_count) < 3 && at.tile == 0 &&
+                next_pair == at.pair + 1 && next_pair < end.pair && head + 1 < args.num_kv_heads;
     if (two_heads) {
       next_pair = pair_after;
       look_ahead(args);

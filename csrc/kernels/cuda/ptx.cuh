@@ -231,6 +231,9 @@ __device__ __forceinline__ void load_shared(uint4& values, uint32_t address) {
                : "r"(address)
                : "memory");
 }
+__device__ __forceinline__ void load_shared(int32_t& value, uint32_t address) {
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

@@ -103,6 +103,16 @@ std::vector<std::vector<Part>> walk(const std::vector<Item>& items, int num_kv_h
       if (parts[pair].size() > shares.size()) return parts;  // an endless chain
     }
   }
+  // Claimed ones: every CTA has to know which, and begins with a piece of its own.
+  if (shares[0].first_claimed == shares[0].num_pairs) return parts;
+  for (const Share& share : shares) {
+    EXPECT_EQ(share.first_claimed, shares[0].first_claimed);
+    EXPECT_EQ(share.num_pairs, static_cast<int>(parts.size()));
+    EXPECT_TRUE(is_before(share.begin, share.end));
+  }
+  for (size_t pair = shares[0].first_claimed; pair < parts.size(); ++pair) {
+    parts[pair].push_back({0, 0, items[pair / num_kv_heads].num_tiles, {}});
+  }
   return parts;
 }
 
@@ -177,7 +187,27 @@ Dealt deal(const Step& step, int way) {
   return dealt;
 }
 
-// The three ways, those that the step allows.
+// Unequal pairs that are claimed, but for two of each share.
+Dealt claim(const Step& step) {
+  const int heads = step.num_kv_heads, num_pairs = step.line().num_pairs();
+  Dealt claimed;
+  if (step.kinds != 1 || !claims_pay(0, num_pairs, kLeastUnequalToClaim, step.num_shares)) {
+    return claimed;
+  }
+  claimed.items = step.items;
+  std::stable_sort(claimed.items.begin(), claimed.items.end(), [&](const Item& a, const Item& b) {
+    return pair_cost(step.dealing, a) > pair_cost(step.dealing, b);
+  });
+  claimed.next_pairs.resize(num_pairs, -1);
+  for (int c = 0; c < step.num_shares; ++c) {
+    claimed.shares.push_back(
+        claiming_share(claimed.items[c / heads], c, num_pairs, step.num_shares));
+    claimed.next_pairs[second_held_pair(c, step.num_shares)] = num_pairs;
+  }
+  return claimed;
+}
+
+// All ways that the step allows.
 void check(const Step& step) {
   const Line line = step.line();
   std::vector<Share> shares(step.num_shares);
@@ -192,8 +222,14 @@ void check(const Step& step) {
   const Even even = step.is_equal() ? cut_evenly(line, step.num_shares) : Even{};
   if (even.used()) {
     SCOPED_TRACE(::testing::Message() << even.pairs << " pairs, " << even.parts << " parts");
-    for (int c = 0; c < step.num_shares; ++c) shares[c] = even_share(line, even, c);
+    for (int c = 0; c < step.num_shares; ++c)
+      shares[c] = even_share(line, even, c, step.num_shares);
     expect_every_tile_once(step.items, step.num_kv_heads, shares, next_pairs);
+  }
+  const Dealt claimed = claim(step);
+  if (!claimed.shares.empty()) {
+    SCOPED_TRACE("claimed");
+    expect_every_tile_once(claimed.items, step.num_kv_heads, claimed.shares, claimed.next_pairs);
   }
   for (int way = 0; way < kDealingWays; ++way) {
     const Dealt dealt = deal(step, way);
