@@ -347,6 +347,11 @@ int main_with(int argc, char** argv) {
       add(concat("uniform like mixed b ", seqs), uniform(seqs, rows / seqs, tokens / seqs));
       add(concat("mixed b ", seqs), batch);
     }
+    for (int seqs : {64, 256}) {
+      Batch rows(seqs, Sequence{1, 0, 0});
+      for (int i = 0; i < seqs; ++i) rows[i].kv_len = 128 + i * 7919 % 1921;
+      add(concat("rows of 128 to 2048 keys b ", seqs), rows);
+    }
     Batch outlier(64, Sequence{8, 320, 0});
     outlier[17].kv_len = 32000;
     add("uniform like outlier", uniform(64, 8, (63 * 320 + 32000) / 64));

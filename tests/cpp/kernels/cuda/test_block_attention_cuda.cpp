@@ -110,12 +110,12 @@ TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnHalvedItems) {
   }
 }
 
-// Three pairs to a share and a third: on 132 SMs too uneven to deal, so all shares are cut, and between
-// the cuts lie whole pieces of two heads. Of all kinds, they are dealt.
+// Three pairs to a share and a third, of few rows two and two thirds: on 132 SMs too uneven to deal, so all
+// shares are cut, and between the cuts lie whole pieces of two heads. Of all kinds, they are dealt.
 TEST_P(CudaBlockAttentionRows, MatchTheCpuTwinOnTwoHeads) {
   Rng rng(313 + GetParam());
   const int rows = GetParam(), keys = rows == 4 ? 400 : rows == 8 ? 1400 : 1000;
-  Limits limits(146);
+  Limits limits(rows == 4 ? 117 : 146);
   for (auto& seq : limits) {
     const int count = random_rows(rng, rows);
     seq = staircase(count, 4, rows > 0 ? keys : random_int(rng, count, 300));
@@ -125,6 +125,34 @@ TEST_P(CudaBlockAttentionRows, MatchTheCpuTwinOnTwoHeads) {
 TEST_F(CudaBlockAttention, MatchesTheCpuTwinOnTwoHeads) {
   Rng rng(319);
   check_step(rng, {32, 8, 128, 64}, Limits(66, staircase(16, 4, 470)), pool);
+}
+
+// Many pairs of few rows, beyond two for each share: of a tile or several, equal or not; so many that
+// a CTA claims more than its ring of claims holds. By head_dim.
+class CudaBlockAttentionClaims : public GpuTest, public ::testing::WithParamInterface<int> {};
+INSTANTIATE_TEST_SUITE_P(CudaBlockAttention, CudaBlockAttentionClaims, ::testing::Values(64, 128));
+
+TEST_P(CudaBlockAttentionClaims, MatchTheCpuTwinOnEqualPairs) {
+  Rng rng(321);
+  const Shape shape = {8, 8, GetParam(), 64};
+  for (int last : {1, 64, 330}) {
+    check_step(rng, shape, Limits(60, std::vector<int>(1, last)), pool);
+  }
+  check_step(rng, {16, 4, GetParam(), 32}, Limits(110, staircase(4, 4, 200)), pool);
+}
+TEST_P(CudaBlockAttentionClaims, MatchTheCpuTwinOnVeryManyPairs) {
+  Rng rng(322);
+  check_step(rng, {8, 8, GetParam(), 16}, Limits(410, std::vector<int>(1, 40)), pool);
+}
+TEST_P(CudaBlockAttentionClaims, MatchTheCpuTwinOnUnequalPairs) {
+  Rng rng(323);
+  for (int num_kv_heads : {1, 2, 7}) {
+    Limits limits(num_kv_heads == 7 ? 130 : 750);
+    for (auto& seq : limits) seq = staircase(2, 2, random_int(rng, 2, 300));
+    limits[5] = {900};
+    limits[50] = {};
+    check_step(rng, {3 * num_kv_heads, num_kv_heads, GetParam(), 64}, limits, pool);
+  }
 }
 
 // Requests of similar length, of one kind or of all: pairs are dealt whole, fewer than there are
