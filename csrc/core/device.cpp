@@ -100,7 +100,7 @@ void* allocate_memory(size_t bytes, Device device) {
     throw std::runtime_error(concat("[device] out of GPU memory: ", bytes, " bytes wanted, ",
                                     info.free, " of ", info.total, " free"));
   }
-  // Rows that pad a graph read what nothing wrote: let that be numbers.
+  // Rows that pad a graph read what nothing wrote: let that be numbers. Workspaces begin as zeros.
   OPTIMUS_CUDA_CHECK(cudaMemset(data, 0, bytes));
   OPTIMUS_CUDA_CHECK(cudaStreamSynchronize(nullptr));
   return data;

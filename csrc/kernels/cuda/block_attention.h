@@ -1,7 +1,7 @@
 // The workspace the two kernels of block attention share, and the words they use.
 //
 //   block_attention_schedule   reads cu_seqlens_q, kv_limits and positions on the device and cuts the
-//                              step's work into equal shares, one per CTA. Once per step, for all layers.
+//                              step's work into shares, one per CTA. Once per step, for all layers.
 //   block_attention            walks the shares; what was cut across shares is merged at the end by the
 //                              CTAs that had a part of it.
 //
@@ -16,14 +16,14 @@
 //          by item, within an item KV head by KV head, within a head by key, and share c is the tiles
 //          that begin in the c-th equal interval of the line.
 //
-// SMs do not read equally fast: some get a fifth more of the memory's bandwidth. Where pairs of up to 16
-// packed rows are many, shares hold but two of them each, and whichever CTA is ready first *claims* the
-// next of the others.
+// Those are equal shares, but SMs do not read equally fast: some get a fifth more of the memory's
+// bandwidth. Where pairs of up to 16 packed rows are many, of one cost or several, shares hold but two of
+// them each, and whichever CTA is ready first *claims* the next of the others, from the longest on.
 //
 // What cuts cost is mostly code that merges, fetched anew in every layer. A share holds at most one
 // piece that began in an earlier share (partial slot 0) and one that goes on into a later share
 // (partial slot 1); all others are whole and go straight to the output, those of up to 64 packed rows
-// two heads at a time where they lie side by side.
+// two heads at a time where they lie side by side and none are claimed.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -196,7 +196,8 @@ inline __host__ __device__ Share claiming_share(const Item& item, int c, int num
 // ------------------------------------------------------------------------------ pairs of one cost
 
 // When all pairs cost the same (one request, or requests of the same length), shares of whole
-// pairs, or pairs in equal parts, need fewer pieces; taken when that occupies nearly as many SMs.
+// pairs, or pairs in equal parts, need fewer pieces; taken when that occupies nearly as many SMs, or
+// where the others are claimed.
 struct Even {
   int pairs = 0;  // per share; all others are claimed, if there are any; or
   int parts = 0;  // per pair

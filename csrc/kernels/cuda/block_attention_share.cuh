@@ -20,7 +20,8 @@ constexpr int kThreads = (kConsumerWarps + 4) * 32;  // whole warpgroups
 constexpr int kMaxSlots = 10;
 constexpr int kCutPiecesBytes = 64;
 constexpr int kClaims =
-    16;  // of a CTA, that it has not come to: fewer, for its ring holds 4 to 10 tiles
+    16;  // of a CTA, made and not yet read by all: one for each tile in the ring
+static_assert(kClaims > kMaxSlots + 1);
 constexpr int kConsumerBarrier = 1;
 constexpr int kWarpgroupBarrier = 2;  // and 3: one per consumer warpgroup
 constexpr int kProducerBarrier = 4;
@@ -131,14 +132,14 @@ __device__ __forceinline__ size_t partial_row(const AttentionArgs& args, int sha
   return static_cast<size_t>(share * 2 + (begun_here ? 1 : 0)) * args.ws.partial_rows;
 }
 
-// The pieces of one share, in order.
+// The pieces of one share, in order, and what its CTA claims behind them.
 struct Piece {
   Item item;
   Item following;  // of the next piece, loaded ahead where that is another
   Position at;     // at.tile: the first of the piece
   int head, end_tile;
   bool two_heads;             // of two pairs at once, whole ones of this head and the next
-  Position end;               // of the share
+  Position end;               // of the share, or of the claimed pair
   int next_pair, pair_after;  // behind the piece; behind that, loaded ahead
   int num_claims;             // taken so far; below 0: nothing is claimed
 

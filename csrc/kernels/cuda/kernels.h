@@ -8,9 +8,10 @@
 //   a step's schedule (block_attention) and the rows it was made of (qk_norm_rope_kv_write too), and the
 //                     keys and values of steps before: the schedule's kernel lets no successor start
 //                     before it has waited for all of them and is done;
-//   the decode state  (unmask's second kernel) and the rows: its first kernel writes none of them, and
-//                     lets the second start only after its own wait. So the second may also note the
-//                     rows' slots and offsets before it has waited.
+//   the decode state  (unmask's second kernel), the rows and the logits: its first kernel writes none of
+//                     them, and lets the second start only after its own wait. So the second may also
+//                     write: what the first does not read, and a slot's state once all the first has to
+//                     say of the slot's rows is there, which the second looks for without waiting.
 //
 // Between two runs of a kernel in a step its code leaves the SM's caches, it seems, and all SMs fetch it
 // anew at the same time: the softmax of attention's first tile takes 1,100, 2,600 and 5,800 cycles with

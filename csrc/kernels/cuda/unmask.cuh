@@ -87,11 +87,12 @@ struct Ranges {
 };
 
 // How half of a tile's RowSums goes from the scan to finish, which looks for it while the scan runs:
-// in one piece, so that nothing has to be ordered. It is there when its sum is not 0: the weight of the
-// largest logit is 1, or not a number.
+// in one piece, so that nothing has to be ordered. It is there when its sum is not 0. The weight of the
+// largest logit is 1, but rounding leaves nothing of it where exponents are relative to 2^30 and more.
 template <class Half>
-__device__ __forceinline__ void publish(const Half& half, Half* at) {
+__device__ __forceinline__ void publish(Half half, Half* at) {
   static_assert(sizeof(Half) == 16);
+  if (half.sum == 0.0f) half.sum = 1.0f;
   const auto* bits = reinterpret_cast<const uint64_t*>(&half);
   asm volatile(
       "{ .reg .b128 both; mov.b128 both, {%1, %2}; st.relaxed.gpu.global.b128 [%0], both; }" ::"l"(
@@ -299,9 +300,10 @@ struct LogitsRow {
       return raw;
     }
   }
-  // One logit; of the first column if `column` is none: not a number, everywhere.
+  // One logit, from the L2 cache: the kernel before may still run. Of the first column if `column` is
+  // none: not a number, everywhere.
   __device__ __forceinline__ float at(int32_t column) const {
-    return load_element(data + (column < vocab_size ? column : 0));
+    return float(__ldcg(data + (column < vocab_size ? column : 0)));
   }
   // The chunk's logits, none below kLowest; columns behind the vocabulary hold -infinity.
   __device__ void unpack_from(const RawChunk<T>& raw, int chunk, float (&out)[kChunk]) const {

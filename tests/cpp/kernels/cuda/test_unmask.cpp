@@ -217,6 +217,7 @@ TEST_F(CudaUnmask, LargeVocabularies) {
         for (int v = 1000; v < std::min(vocab_size, 3500); ++v) {  // whole tiles too
           if (v != 1001) call.logits.set(v, -std::numeric_limits<float>::infinity());
         }
+        for (int v = 4000; v < std::min(vocab_size, 6500); ++v) call.logits.set(v, -1e10f);
         call.logits.set(size_t(width) + vocab_size - 1, 30.0f);
         for (int at : {vocab_size - 2, 77, 78}) call.logits.set(size_t(2) * width + at, 25.0f);
       }
@@ -226,6 +227,26 @@ TEST_F(CudaUnmask, LargeVocabularies) {
       if (vocab_size > 100) {
         EXPECT_EQ(expected.token_ids[1], vocab_size - 1);
         EXPECT_EQ(expected.token_ids[2], 77);
+      }
+    }
+  });
+}
+
+// Rounding leaves nothing of the largest weight: no confidence, but a token, and an end.
+TEST_F(CudaUnmask, LargeLogitsHaveATokenToo) {
+  Rng rng(180);
+  for_each_dtype([&](DType dtype) {
+    for (float largest : {1e10f, -1e10f, 3e38f}) {
+      for (float temperature : {0.0f, 1e-4f}) {
+        UnmaskCall call = vocabulary_call(rng, dtype, 3, 5000, 0, 1.0f);
+        for (size_t i = 0; i < 3 * 5000; ++i) call.logits.set(i, -3.2e38f);
+        for (int row = 0; row < 3; ++row) call.logits.set(size_t(row) * 5000 + 2222, largest);
+        for (float& each : call.state.temperature) each = temperature;
+        const GpuResult result = run_on_gpu(call, call, false);
+        for (int row = 0; row < 3; ++row) {
+          const int32_t token = result.token_ids[row];
+          EXPECT_TRUE(token == 2222 || (temperature > 0 && token >= 0 && token < 5000)) << token;
+        }
       }
     }
   });
