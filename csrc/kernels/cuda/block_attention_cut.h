@@ -6,6 +6,7 @@
 #include <climits>
 
 #include "kernels/cuda/block_attention.h"
+#include "kernels/cuda/equal_parts.h"
 
 namespace optimus::cuda::attention {
 
@@ -100,18 +101,10 @@ struct Line {
   __host__ __device__ int num_pairs() const { return num_items * num_kv_heads; }
 };
 
-// Interval c is [begin(c), begin(c + 1)): the line in equal parts, the first few longer by one.
-struct Cut {
-  int least, longer;  // length of an interval; how many are longer by one
-  __host__ __device__ int begin(int share) const { return share * least + smaller(share, longer); }
-  __host__ __device__ int owner(int place) const {
-    int in_longer = longer * (least + 1);
-    return place < in_longer ? place / (least + 1) : longer + (place - in_longer) / least;
-  }
-};
+// Interval c of the line is share c's.
+using Cut = EqualParts<int>;
 inline __host__ __device__ Cut cut_line(int length, int num_shares) {
-  const int used = larger(1, smaller(num_shares, length / kMinShareCost));
-  return {length / used, length % used};
+  return Cut(length, larger(1, smaller(num_shares, length / kMinShareCost)));
 }
 
 // Index of the last of `count` ascending offsets that is <= value; offsets[0] <= value.
@@ -235,8 +228,9 @@ inline __host__ __device__ Even cut_evenly(const Line& line, int num_shares) {
     int pairs = (num_pairs + num_shares - 1) / num_shares;
     if (claims_pay(kind, num_pairs, kLeastEqualToClaim, num_shares)) {
       even.pairs = kHeldPairs;
-    } else if (num_pairs * 10 >= pairs * num_shares * 9)
+    } else if (num_pairs * 10 >= pairs * num_shares * 9) {
       even.pairs = pairs;
+    }
   } else if (num_shares / num_pairs * num_pairs * 10 >= num_shares * 9) {
     even.parts = choose_parts(line.items[0], num_pairs, num_shares);
   }

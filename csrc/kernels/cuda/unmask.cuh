@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/launch.cuh"
+#include "kernels/cuda/equal_parts.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vector.cuh"
@@ -67,24 +68,15 @@ inline int scan_ctas(int num_logit_rows, int vocab_size) {
                            device_properties().num_sms);
 }
 
-// The ranges of the CTAs of the scan: of the tiles of all rows, in order.
-struct Ranges {
-  uint32_t length, longer;  // the first `longer` ranges have one tile more
+// What each CTA of the scan works on: of the tiles of all rows, in order.
+using Ranges = EqualParts<uint32_t>;
 
-  __device__ __forceinline__ Ranges(uint32_t num_tiles, uint32_t num_ctas)
-      : length(num_tiles / num_ctas), longer(num_tiles % num_ctas) {}
-  __device__ __forceinline__ uint32_t begin(uint32_t cta) const {
-    return cta * length + min(cta, longer);
-  }
-  // Of the tiles [first, end), the one that the scan comes to last, or nearly: the last in the range
-  // that `first` is in, since that range ends with it and the next one begins behind it.
-  __device__ __forceinline__ uint32_t last_in_time(uint32_t first, uint32_t end) const {
-    const uint32_t split = longer * (length + 1);
-    const uint32_t range_end = first < split ? (first / (length + 1) + 1) * (length + 1)
-                                             : split + ((first - split) / length + 1) * length;
-    return min(end, range_end) - 1;
-  }
-};
+// Of the tiles [first, end), the one that the scan comes to last, or nearly: the last in the range that
+// `first` is in, since that range ends with it and the next one begins behind it.
+__device__ __forceinline__ uint32_t last_in_time(const Ranges& ranges, uint32_t first,
+                                                 uint32_t end) {
+  return min(end, ranges.begin(ranges.owner(first) + 1)) - 1;
+}
 
 // How half of a tile's RowSums goes from the scan to finish, which looks for it while the scan runs:
 // in one piece, so that nothing has to be ordered. It is there when its sum is not 0. The weight of the

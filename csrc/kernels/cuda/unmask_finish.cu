@@ -33,7 +33,8 @@ __device__ __forceinline__ void move_reference(float max, float rate, RowSums::H
   sums.max = max;
 }
 
-// The lane's next tiles' heads or tails; kAwaits: as soon as all of them are there. Those of none stay.
+// The lane's next tiles' heads or tails; those of none stay. kAwaits: as soon as all of them are there;
+// else the scan is done, and they are kept in the L1 cache for those who read them again.
 template <bool kAwaits, class Half>
 __device__ __forceinline__ void read_tiles(const RowSums* tiles, Half RowSums::*half, int first,
                                            int num_tiles, Half (&halves)[kTilesAtOnce]) {
@@ -210,7 +211,7 @@ __device__ __forceinline__ void finish_slot(const UnmaskParams& p, const Workspa
     const int row = rows.begin + i;
     RowSums* tiles = workspace.tiles + size_t(row) * num_tiles;
     const uint32_t first = row * num_tiles;
-    await_tile(workspace.tiles + ranges.last_in_time(first, first + num_tiles));
+    await_tile(workspace.tiles + last_in_time(ranges, first, first + num_tiles));
     const RowSums sums = add_tiles<true>(tiles, num_tiles, sampling);
     if (threadIdx.x % kWarp == 0) {
       const int32_t token = sampling.sampled ? sums.tail.sampled : sums.head.argmax;

@@ -239,6 +239,22 @@ void check(const Step& step) {
   }
 }
 
+TEST(EqualParts, EveryPlaceHasItsOwner) {
+  for (uint32_t num_parts : {1u, 2u, 7u, 132u}) {
+    for (uint32_t length : {1u, 6u, 7u, 131u, 132u, 133u, 1000u}) {
+      const EqualParts<uint32_t> parts(length, num_parts);
+      ASSERT_EQ(parts.begin(0), 0u);
+      ASSERT_EQ(parts.begin(num_parts), length);
+      for (uint32_t place = 0; place < length; ++place) {
+        const uint32_t owner = parts.owner(place);
+        ASSERT_LE(parts.begin(owner), place);
+        ASSERT_LT(place, parts.begin(owner + 1));
+        ASSERT_LE(parts.begin(owner + 1) - parts.begin(owner), (length - 1) / num_parts + 1);
+      }
+    }
+  }
+}
+
 TEST(BlockAttentionCut, SharesHoldEveryTileOnce) {
   Rng rng(401);
   for (int trial = 0; trial < 3000; ++trial) {
