@@ -166,6 +166,11 @@ inline __host__ __device__ bool claims_pay(int kind, int num_pairs, int least, i
 }
 constexpr int kLeastEqualToClaim = 3, kLeastUnequalToClaim = 6;  // pairs per share
 
+// Whether pairs may be claimed in a step of up to so many: for the host, which knows no more of it.
+inline bool may_claim(int most_pairs, int num_shares) {
+  return claims_pay(0, most_pairs, smaller(kLeastEqualToClaim, kLeastUnequalToClaim), num_shares);
+}
+
 // What a share holds then: while it reads the first pair its CTA claims one for behind the second.
 constexpr int kHeldPairs = 2;
 

@@ -16,7 +16,7 @@
 
 namespace optimus::cuda::attention {
 
-template <int kHeadDim>
+template <int kHeadDim, bool kMayClaim>
 struct Consumer {
   using State = WarpState<kHeadDim>;
 
@@ -28,7 +28,7 @@ struct Consumer {
   __device__ void run(const Share& share) {
     RingPosition at;
     int turn = 0;
-    Piece piece(args, share);
+    Piece piece(args, share, kMayClaim);
     Queries queries = find(piece);
     // Without work, an SM is the next kernel's at once; but this one must not be done before all that
     // came before it is.
@@ -104,17 +104,17 @@ struct Consumer {
   template <int kRowWarps>
   __device__ __forceinline__ void begin_piece(State& state, Piece& piece, Queries& queries) {
     state.take(queries, output.staging(), lane);
-    if (kQueriesApart) move_on<kRowWarps == 1>(piece, queries);
+    if (kQueriesApart) move_on<kMayClaim && kRowWarps == 1>(piece, queries);
   }
   template <int kRowWarps>
   __device__ __forceinline__ void end_piece(State& state, const PieceOutput& done,
                                             const Queries& rows, Piece& piece, Queries& queries) {
     output.template finish<kRowWarps>(args, state, done, rows, warp, lane);
-    if (!kQueriesApart) move_on<kRowWarps == 1>(piece, queries);
+    if (!kQueriesApart) move_on<kMayClaim && kRowWarps == 1>(piece, queries);
   }
-  template <bool kMayClaim>
+  template <bool kClaims>
   __device__ __forceinline__ void move_on(Piece& piece, Queries& queries) {
-    piece.next<kMayClaim>(args, ring);
+    piece.next<kClaims>(args, ring);
     if (!piece.valid()) return;
     queries = find(piece);
     copy_queries<kHeadDim>(args, queries, output.staging(), lane);
@@ -283,7 +283,9 @@ struct Consumer {
 
 // ------------------------------------------------------------------------------------------ kernel
 
-template <int kHeadDim>
+// kMayClaim: the schedule may leave pairs to be claimed. Without, code is shorter, and a launch that is
+// mostly the fetching of code is faster.
+template <int kHeadDim, bool kMayClaim>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_kernel(AttentionArgs args, const __grid_constant__ CUtensorMap k_map,
                      const __grid_constant__ CUtensorMap v_map) {
@@ -325,14 +327,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Share share = load_past_l1(&args.ws.shares[blockIdx.x]);
       const bool is_v = warp > kConsumerWarps;
       const uint64_t policy = __ldcg(args.ws.kv_policy);
-      Producer<kHeadDim>{args, &k_map, &v_map, ring, lane, is_v, policy}.run(share);
+      Producer<kHeadDim, kMayClaim>{args, &k_map, &v_map, ring, lane, is_v, policy}.run(share);
     }
   } else {
     ptx::raise_registers<240>();
     const Share share = load_past_l1(&args.ws.shares[blockIdx.x]);
     const Output<kHeadDim> output = {reinterpret_cast<float*>(after_slots), max_sum, warp};
     if (threadIdx.x == 0) output.cut_pieces() = {{{share.earlier}, {share.later}}};
-    Consumer<kHeadDim>{args, ring, output, warp, lane}.run(share);
+    Consumer<kHeadDim, kMayClaim>{args, ring, output, warp, lane}.run(share);
     merge_cut_pieces<kHeadDim>(args, output.cut_pieces());
   }
 }

@@ -9,7 +9,7 @@
 
 namespace optimus::cuda::attention {
 
-template <int kHeadDim>
+template <int kHeadDim, bool kMayClaim>
 struct Producer {
   const AttentionArgs& args;
   const CUtensorMap *k_map, *v_map;
@@ -25,15 +25,15 @@ struct Producer {
 
   __device__ void run(const Share& share) const {
     RingPosition at;
-    Piece piece(args, share);
+    Piece piece(args, share, kMayClaim);
     if (!piece.valid()) return;
     Pages pages = load_pages(piece, piece.at.tile);
     bool has_waited = false;
-    if (piece.num_claims >= 0) init_claims();
+    if (piece.claims) init_claims();
     while (true) {
       if (!is_v && piece.next_is_claimed()) claim(share, piece.num_claims, has_waited);
       stream(piece, pages, at, has_waited);
-      piece.next<true>(args, ring);
+      piece.next<kMayClaim>(args, ring);
       if (!piece.valid()) break;
       pages = load_pages(piece, piece.at.tile);
     }
@@ -60,7 +60,8 @@ struct Producer {
       const uint32_t left = share.num_pairs - share.first_claimed;
       const uint32_t before = atomicAdd(args.ws.claims, 1u);
       if (before + 1 == left + gridDim.x) *args.ws.claims = 0;
-      ptx::store_shared(ring.claimed_pair(i), before < left ? share.first_claimed + before : ~0u);
+      const int pair = before < left ? share.first_claimed + static_cast<int>(before) : kNoPair;
+      ptx::store_shared(ring.claimed_pair(i), static_cast<uint32_t>(pair));
       ptx::barrier_arrive(ring.claim_made(i));
     }
     __syncwarp();

@@ -22,6 +22,7 @@ constexpr int kCutPiecesBytes = 64;
 constexpr int kClaims =
     16;  // of a CTA, made and not yet read by all: one for each tile in the ring
 static_assert(kClaims > kMaxSlots + 1);
+constexpr int kNoPair = -1;  // claimed where all pairs are taken
 constexpr int kConsumerBarrier = 1;
 constexpr int kWarpgroupBarrier = 2;  // and 3: one per consumer warpgroup
 constexpr int kProducerBarrier = 4;
@@ -141,22 +142,21 @@ struct Piece {
   bool two_heads;             // of two pairs at once, whole ones of this head and the next
   Position end;               // of the share, or of the claimed pair
   int next_pair, pair_after;  // behind the piece; behind that, loaded ahead
-  int num_claims;             // taken so far; below 0: nothing is claimed
+  bool claims;                // behind the share's own
+  int num_claims = 0;         // taken so far
 
-  __device__ Piece(const AttentionArgs& args, const Share& share)
+  __device__ Piece(const AttentionArgs& args, const Share& share, bool may_claim)
       : item(share.item),
         at(share.begin),
         end(share.end),
         next_pair(share.next_pair),
-        num_claims(share.first_claimed < share.num_pairs ? 0 : -1) {
+        claims(may_claim && share.first_claimed < share.num_pairs) {
     enter(args);
     end_tile = share.end_tile;
   }
   __device__ bool valid() const { return is_before_end(at); }
   __device__ bool whole() const { return at.tile == 0 && end_tile == item.num_tiles; }
-  __device__ bool next_is_claimed() const {
-    return num_claims >= 0 && !is_before_end({next_pair, 0});
-  }
+  __device__ bool next_is_claimed() const { return claims && !is_before_end({next_pair, 0}); }
   __device__ bool is_claimed() const { return num_claims > 0; }
   // Without kMayClaim only where no pairs are claimed: it is a third less code.
   template <bool kMayClaim>
@@ -167,8 +167,8 @@ struct Piece {
       at = {next_pair, 0};
       next_pair = pair_after;
     } else {
-      const int pair = kMayClaim && num_claims >= 0 ? take_claim(ring) : -1;
-      if (pair < 0) {
+      int pair;
+      if (!kMayClaim || !claims || !take_claim(ring, pair)) {
         at = end;
         return;
       }
@@ -183,12 +183,11 @@ struct Piece {
   }
 
  private:
-  // A pair, or -1: there are no more.
-  __device__ int take_claim(const Ring& ring) {
+  // False where there are no more.
+  __device__ bool take_claim(const Ring& ring, int& pair) {
     ptx::barrier_wait(ring.claim_made(num_claims), num_claims / kClaims & 1);
-    int pair;
     ptx::load_shared(pair, ring.claimed_pair(num_claims++));
-    return pair;
+    return pair != kNoPair;
   }
   __device__ static int item_of(const AttentionArgs& args, int pair) {
     return divide(pair, args.kv_heads_inverse);
@@ -206,7 +205,7 @@ struct Piece {
     end_tile = at.pair == end.pair ? end.tile : item.num_tiles;
     look_ahead(args);
     // Who claims has two pieces before the first claim, so that it is there in time.
-    two_heads = num_claims < 0 && kind_of(item.packed_count) < 3 && at.tile == 0 &&
+    two_heads = !claims && kind_of(item.packed_count) < 3 && at.tile == 0 &&
                 next_pair == at.pair + 1 && next_pair < end.pair && head + 1 < args.num_kv_heads;
     if (two_heads) {
       next_pair = pair_after;
