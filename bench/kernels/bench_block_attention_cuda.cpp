@@ -1,6 +1,6 @@
 // Times block_attention on the GPU and compares it with a plain read of the same bytes.
 //
-//   bench_block_attention_cuda [--json FILE] [--only grid|short|ragged|prefill] [--quick]
+//   bench_block_attention_cuda [--json FILE] [--only grid|short|ragged|shared|prefill] [--quick]
 //                              [--case NAME] [--once]
 //
 // --case runs the one case of that name; --once calls it once, for a profiler.
@@ -41,7 +41,8 @@ constexpr int kManyRows = 1024;
 
 struct Sequence {
   int rows, kv_len;
-  int block;  // limits climb in blocks of this many rows up to kv_len; 0 = all rows see kv_len
+  int block;       // limits climb in blocks of this many rows up to kv_len; 0 = all rows see kv_len
+  int shared = 0;  // the first keys, whole pages of them, are the first sequence's
 };
 using Batch = std::vector<Sequence>;
 
@@ -128,10 +129,11 @@ class Bench {
         positions.push_back(std::max(0, seq.kv_len - seq.rows + i));
         result.flops += 4.0 * limits.back() * kNumQHeads * kHeadDim;
       }
-      int seq_pages = (seq.kv_len + kPageSize - 1) / kPageSize;
+      const int seq_pages = (seq.kv_len + kPageSize - 1) / kPageSize;
+      const int shared = result.kv_bytes > 0 ? seq.shared : 0;
       stride = std::max(stride, seq_pages);
-      pages += seq_pages;
-      result.kv_bytes += double(seq.kv_len) * kTokenBytes;
+      pages += seq_pages - shared / kPageSize;
+      result.kv_bytes += double(seq.kv_len - shared) * kTokenBytes;
     }
     result.rows = cu.back();
     const double seconds = is_prompt || result.rows >= kManyRows ? kSteadySeconds : 0;
@@ -207,7 +209,8 @@ class Bench {
       std::vector<int32_t> table(batch.size() * stride, -1);
       for (size_t s = 0; s < batch.size(); ++s) {
         for (int i = 0; i * kPageSize < batch[s].kv_len; ++i) {
-          table[s * stride + i] = order[next++ % order.size()];
+          const bool is_shared = s > 0 && i * kPageSize < batch[s].shared;
+          table[s * stride + i] = is_shared ? table[i] : order[next++ % order.size()];
         }
       }
       tables.push_back(upload(table));
@@ -356,6 +359,14 @@ int main_with(int argc, char** argv) {
     outlier[17].kv_len = 32000;
     add("uniform like outlier", uniform(64, 8, (63 * 320 + 32000) / 64));
     add("one 100x longer", outlier);
+  }
+  if (wants("shared")) {
+    for (int shared : {1024, 4096}) {
+      for (int rows : {1, 4, 16}) {
+        add(concat("shared ", shared, " + 512 c ", rows, " b 64"),
+            Batch(64, Sequence{rows, shared + 512, 0, shared}));
+      }
+    }
   }
   if (wants("prefill")) {
     for (int rows : {512, 2048, 8192}) {
