@@ -19,8 +19,8 @@ constexpr int kProducerWarps = 2;                    // one for K, one for V
 constexpr int kThreads = (kConsumerWarps + 4) * 32;  // whole warpgroups
 constexpr int kMaxSlots = 10;
 constexpr int kCutPiecesBytes = 64;
-constexpr int kClaims =
-    16;  // of a CTA, made and not yet read by all: one for each tile in the ring
+// Claims of a CTA that are made and not yet read by all: pieces in the ring have a tile at least.
+constexpr int kClaims = 16;
 static_assert(kClaims > kMaxSlots + 1);
 constexpr int kNoPair = -1;  // claimed where all pairs are taken
 constexpr int kConsumerBarrier = 1;
@@ -167,7 +167,7 @@ struct Piece {
       at = {next_pair, 0};
       next_pair = pair_after;
     } else {
-      int pair;
+      int pair = kNoPair;
       if (!kMayClaim || !claims || !take_claim(ring, pair)) {
         at = end;
         return;
@@ -183,10 +183,13 @@ struct Piece {
   }
 
  private:
-  // False where there are no more.
+  // False where there are no more. Only the lane that releases tiles reads: what orders it before the
+  // next claim in that place is plain to see then, to the race checker too.
   __device__ bool take_claim(const Ring& ring, int& pair) {
     ptx::barrier_wait(ring.claim_made(num_claims), num_claims / kClaims & 1);
-    ptx::load_shared(pair, ring.claimed_pair(num_claims++));
+    if (threadIdx.x % 32 == 0) ptx::load_shared(pair, ring.claimed_pair(num_claims));
+    ++num_claims;
+    pair = __shfl_sync(~0u, pair, 0);
     return pair != kNoPair;
   }
   __device__ static int item_of(const AttentionArgs& args, int pair) {

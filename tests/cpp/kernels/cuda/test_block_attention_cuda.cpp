@@ -141,6 +141,19 @@ TEST_P(CudaBlockAttentionClaims, MatchTheCpuTwinOnEqualPairs) {
   check_step(rng, {16, 4, GetParam(), 32}, Limits(110, staircase(4, 4, 200)), pool);
   check_step(rng, {2, 1, GetParam(), 64}, Limits(700, {90}), pool);
 }
+// The host knows how many requests there are at most, the schedule how many there are.
+TEST_P(CudaBlockAttentionClaims, MatchTheCpuTwinAroundTheFewestPairs) {
+  Rng rng(324);
+  int num_sms = 0;
+  OPTIMUS_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
+  for (int fewer : {3, 2, 0}) {  // check_step leaves room for two more
+    Limits limits(3 * num_sms - fewer, {90});
+    check_step(rng, {4, 1, GetParam(), 64}, limits, pool);
+    limits[7] = {};
+    check_step(rng, {4, 1, GetParam(), 64}, limits, pool);
+    if (HasFatalFailure()) return;
+  }
+}
 TEST_P(CudaBlockAttentionClaims, MatchTheCpuTwinOnVeryManyPairs) {
   Rng rng(322);
   check_step(rng, {8, 8, GetParam(), 16}, Limits(410, std::vector<int>(1, 40)), pool);

@@ -105,6 +105,7 @@ std::vector<std::vector<Part>> walk(const std::vector<Item>& items, int num_kv_h
   }
   // Claimed ones: every CTA has to know which, and begins with a piece of its own.
   if (shares[0].first_claimed == shares[0].num_pairs) return parts;
+  EXPECT_TRUE(may_claim(static_cast<int>(parts.size()), static_cast<int>(shares.size())));
   for (const Share& share : shares) {
     EXPECT_EQ(share.first_claimed, shares[0].first_claimed);
     EXPECT_EQ(share.num_pairs, static_cast<int>(parts.size()));
