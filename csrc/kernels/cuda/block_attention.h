@@ -72,15 +72,16 @@ struct Merge {
   int first_share, num_parts;
 };
 
-// A first piece, and pairs behind it as Workspace::next_pairs has them, all before `end`: only the
-// pair that `end` lies in is not whole.
+// A first piece, and pairs behind it, all before `end`: only the pair that `end` lies in is not whole.
 struct Share {
   Item item;  // a copy of begin's, to start without another dependent load
   Position begin, end;
   int end_tile;          // of the first piece
   int next_pair;         // behind it
+  int chained;           // whether pairs follow as Workspace::next_pairs has them, or in order
   Merge earlier, later;  // of the piece that began in an earlier share, of one that ends in a later
   int first_claimed, num_pairs;  // pairs from the first on are claimed, whole; if there are any
+  int unused;                    // Shares are loaded in pieces of 8 bytes.
 };
 
 // Pointers into the caller's workspace.

@@ -186,6 +186,7 @@ inline __host__ __device__ Share claiming_share(const Item& item, int c, int num
   share.end = {num_pairs, 0};
   share.end_tile = item.num_tiles;
   share.next_pair = second_held_pair(c, num_shares);
+  share.chained = 1;
   share.first_claimed = kHeldPairs * num_shares;
   share.num_pairs = num_pairs;
   return share;
@@ -374,6 +375,7 @@ inline __host__ __device__ Share dealt_share(const CutPart& part, int last_pair,
   }
   share.item = item;
   share.end = {end, 0};
+  share.chained = 1;
   return share;
 }
 

@@ -337,11 +337,6 @@ __global__ void __launch_bounds__(kThreads, 1) schedule_kernel(ScheduleArgs args
     line.offsets = args.ws.cost_offsets;
   }
   const Cut cut = cut_line(line.length, num_shares);
-  if (!dealt) {
-    for (int pair = threadIdx.x; pair < line.num_pairs(); pair += kThreads) {
-      args.ws.next_pairs[pair] = pair + 1;
-    }
-  }
   for (int c = threadIdx.x; c < num_shares; c += kThreads) {
     if (!dealt) {
       args.ws.shares[c] =

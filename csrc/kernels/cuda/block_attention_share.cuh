@@ -142,6 +142,7 @@ struct Piece {
   bool two_heads;             // of two pairs at once, whole ones of this head and the next
   Position end;               // of the share, or of the claimed pair
   int next_pair, pair_after;  // behind the piece; behind that, loaded ahead
+  bool chained;               // pairs as in Workspace::next_pairs, or in order
   bool claims;                // behind the share's own
   int num_claims = 0;         // taken so far
 
@@ -150,6 +151,7 @@ struct Piece {
         at(share.begin),
         end(share.end),
         next_pair(share.next_pair),
+        chained(share.chained != 0),
         claims(may_claim && share.first_claimed < share.num_pairs) {
     enter(args);
     end_tile = share.end_tile;
@@ -198,9 +200,11 @@ struct Piece {
   __device__ bool is_before_end(Position position) const {
     return position.pair < end.pair || (position.pair == end.pair && position.tile < end.tile);
   }
-  // The pair behind next_pair, if that is one of the share.
+  // The pair behind next_pair, if that is one of the share. In order it is known at once: two heads ask
+  // for it before anything of theirs is on its way.
   __device__ void look_ahead(const AttentionArgs& args) {
-    if (is_before_end({next_pair, 0})) pair_after = __ldcg(args.ws.next_pairs + next_pair);
+    if (!is_before_end({next_pair, 0})) return;
+    pair_after = chained ? __ldcg(args.ws.next_pairs + next_pair) : next_pair + 1;
   }
   __device__ void enter(const AttentionArgs& args) {
     const int item_idx = item_of(args, at.pair);

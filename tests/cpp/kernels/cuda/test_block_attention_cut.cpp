@@ -97,7 +97,8 @@ std::vector<std::vector<Part>> walk(const std::vector<Item>& items, int num_kv_h
           {static_cast<int>(c), at.tile, end, at.tile > 0 ? share.earlier : share.later});
     };
     add(share.begin, share.end_tile);
-    for (int pair = share.next_pair; is_before({pair, 0}, share.end); pair = next_pairs[pair]) {
+    for (int pair = share.next_pair; is_before({pair, 0}, share.end);
+         pair = share.chained ? next_pairs[pair] : pair + 1) {
       add({pair, 0},
           pair == share.end.pair ? share.end.tile : items[pair / num_kv_heads].num_tiles);
       if (parts[pair].size() > shares.size()) return parts;  // an endless chain
@@ -212,20 +213,18 @@ Dealt claim(const Step& step) {
 void check(const Step& step) {
   const Line line = step.line();
   std::vector<Share> shares(step.num_shares);
-  std::vector<int> next_pairs(line.num_pairs());
-  for (int pair = 0; pair < line.num_pairs(); ++pair) next_pairs[pair] = pair + 1;
   const Cut cut = cut_line(line.length, step.num_shares);
   for (int c = 0; c < step.num_shares; ++c) shares[c] = cut_share(line, cut, c);
   {
     SCOPED_TRACE("cut");
-    expect_every_tile_once(step.items, step.num_kv_heads, shares, next_pairs);
+    expect_every_tile_once(step.items, step.num_kv_heads, shares, {});
   }
   const Even even = step.is_equal() ? cut_evenly(line, step.num_shares) : Even{};
   if (even.used()) {
     SCOPED_TRACE(::testing::Message() << even.pairs << " pairs, " << even.parts << " parts");
     for (int c = 0; c < step.num_shares; ++c)
       shares[c] = even_share(line, even, c, step.num_shares);
-    expect_every_tile_once(step.items, step.num_kv_heads, shares, next_pairs);
+    expect_every_tile_once(step.items, step.num_kv_heads, shares, {});
   }
   const Dealt claimed = claim(step);
   if (!claimed.shares.empty()) {
