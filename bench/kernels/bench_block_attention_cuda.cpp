@@ -130,7 +130,7 @@ class Bench {
         result.flops += 4.0 * limits.back() * kNumQHeads * kHeadDim;
       }
       const int seq_pages = (seq.kv_len + kPageSize - 1) / kPageSize;
-      const int shared = result.kv_bytes > 0 ? seq.shared : 0;
+      const int shared = &seq == &batch.front() ? 0 : seq.shared;
       stride = std::max(stride, seq_pages);
       pages += seq_pages - shared / kPageSize;
       result.kv_bytes += double(seq.kv_len - shared) * kTokenBytes;

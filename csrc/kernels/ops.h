@@ -135,7 +135,8 @@ struct BlockAttentionParams {
   DType dtype;
   // CUDA only. The workspace holds the step's schedule and partial results: filled by
   // block_attention_schedule, then used by block_attention of every layer with the same
-  // cu_seqlens_q, kv_limits, positions and shapes; one step at a time.
+  // cu_seqlens_q, kv_limits, positions and shapes, num_seqs and max_rows among them; one step at a
+  // time.
   void* workspace = nullptr;   // 256-byte aligned
   size_t workspace_bytes = 0;  // at least block_attention_workspace_bytes
   int max_rows = 0;            // bound on cu_seqlens_q[num_seqs], which only the device knows

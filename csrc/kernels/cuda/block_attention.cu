@@ -84,11 +84,14 @@ CUtensorMap make_page_map(const void* pages, int head_dim, int page_size) {
                          std::min(page_size, kTileKeys));
 }
 
-template <int kHeadDim, bool kMayClaim>
+template <int kHeadDim>
 void launch_attention(const BlockAttentionParams& params, const Workspace& ws,
                       cudaStream_t stream) {
   using Layout = SharedLayout<kHeadDim>;
-  auto* kernel = attention_kernel<kHeadDim, kMayClaim>;
+  // Claims are of pairs whose items have all of a sequence's rows.
+  const int most_pairs = std::min(params.num_seqs, params.max_rows) * params.num_kv_heads;
+  auto* kernel = may_claim(most_pairs, ws.num_shares) ? attention_kernel<kHeadDim, true>
+                                                      : attention_kernel<kHeadDim, false>;
   int device = 0, available = 0;
   OPTIMUS_CUDA_CHECK(cudaGetDevice(&device));
   OPTIMUS_CUDA_CHECK(
@@ -151,15 +154,10 @@ void block_attention(const BlockAttentionParams& params, cudaStream_t stream) {
   if (params.num_seqs == 0 || params.max_rows == 0) return;
   attention::check_layer(params);
   attention::Workspace ws = attention::layout_workspace(params);
-  // Claims are of pairs whose items have all of a sequence's rows.
-  const int most_pairs = std::min(params.num_seqs, params.max_rows) * params.num_kv_heads;
-  const bool claims = attention::may_claim(most_pairs, ws.num_shares);
   if (params.head_dim == 128) {
-    (claims ? attention::launch_attention<128, true>
-            : attention::launch_attention<128, false>)(params, ws, stream);
+    attention::launch_attention<128>(params, ws, stream);
   } else {
-    (claims ? attention::launch_attention<64, true>
-            : attention::launch_attention<64, false>)(params, ws, stream);
+    attention::launch_attention<64>(params, ws, stream);
   }
 }
 

@@ -61,7 +61,7 @@ struct SharedLayout {
   static constexpr int kSums = kConsumerWarps * 16 * kHeadDim * 4;
   static constexpr int kQueries = kConsumerWarps * 16 * kHeadDim * 2;
   static constexpr int kMaxSum = kConsumerWarps * 16 * 8;
-  static constexpr int kBarriers = 4 * kMaxSlots * 8 + kClaims * 12;
+  static constexpr int kBarriers = 4 * kMaxSlots * 8 + kClaims * (8 + 4);
   static constexpr int kAlignment = 1024;  // of the swizzle pattern
 
   static int bytes(int num_slots, bool queries_apart) {

@@ -151,15 +151,20 @@ struct Dealt {
   int largest = 0;  // cost of a share
 };
 
+std::vector<Item> by_falling_cost(const Step& step) {
+  std::vector<Item> items = step.items;
+  std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
+    return pair_cost(step.dealing, a) > pair_cost(step.dealing, b);
+  });
+  return items;
+}
+
 // As the schedule does, one dealer after the other. No shares: the parts do not fit.
 Dealt deal(const Step& step, int way) {
   const int heads = step.num_kv_heads, num_pairs = step.line().num_pairs();
   Dealt dealt;
-  dealt.items = step.items;
   dealt.next_pairs.resize(num_pairs, -1);
-  std::stable_sort(dealt.items.begin(), dealt.items.end(), [&](const Item& a, const Item& b) {
-    return pair_cost(step.dealing, a) > pair_cost(step.dealing, b);
-  });
+  dealt.items = by_falling_cost(step);
   const auto item_of = [&](int rank) -> const Item& { return dealt.items[rank]; };
   std::vector<CutPairs> cut;
   std::vector<uint32_t> orders;
@@ -196,10 +201,7 @@ Dealt claim(const Step& step) {
   if (step.kinds != 1 || !claims_pay(0, num_pairs, kLeastUnequalToClaim, step.num_shares)) {
     return claimed;
   }
-  claimed.items = step.items;
-  std::stable_sort(claimed.items.begin(), claimed.items.end(), [&](const Item& a, const Item& b) {
-    return pair_cost(step.dealing, a) > pair_cost(step.dealing, b);
-  });
+  claimed.items = by_falling_cost(step);
   claimed.next_pairs.resize(num_pairs, -1);
   for (int c = 0; c < step.num_shares; ++c) {
     claimed.shares.push_back(
